@@ -1,0 +1,62 @@
+"""`attach`: the two lines."""
+
+import importlib
+import weakref
+from typing import Any
+
+from rollout_server.config import RolloutConfig
+from rollout_server.errors import AlreadyAttachedError, ConfigError
+from rollout_server.policy import Policy
+from rollout_server.server import RolloutServer
+from rollout_server.state import State
+
+# Modules that know a trainer. Each has `recognises(object) -> bool` and
+# `attach(trainer, config) -> RolloutServer`; imported only when attach() is given one object.
+TRAINERS = ("rollout_server.integrations.trl",)
+
+_servers: "weakref.WeakKeyDictionary[Any, RolloutServer]" = weakref.WeakKeyDictionary()
+
+
+def attach(trainer_or_model: Any, tokenizer: Any = None, /, **options: Any) -> RolloutServer:
+    """Start a vLLM engine beside a trainer or a model, serve it, and return its handle.
+
+    attach(trainer, **options): a TRL trainer (GRPO, RLOO); its rollouts come from the engine
+    from now on.
+    attach(model, tokenizer, **options): any model of which vLLM knows the architecture; call
+    `sync_weights`, `sleep` and `wake` on the handle yourself.
+
+    options: fields of `RolloutConfig`. Returns once the endpoint answers. Raises subclasses of
+    `RolloutServerError`, and leaves nothing running then.
+    """
+    config = RolloutConfig.of(options)
+    if tokenizer is not None:
+        return serve(
+            Policy(model=lambda: trainer_or_model, tokenizer=tokenizer, owner=trainer_or_model),
+            config,
+        )
+    for name in TRAINERS:
+        adapter = importlib.import_module(name)
+        if adapter.recognises(trainer_or_model):
+            return adapter.attach(trainer_or_model, config)
+    raise ConfigError(
+        f"attach() was given a {type(trainer_or_model).__name__} alone; give a TRL GRPOTrainer or "
+        "RLOOTrainer, or a model and its tokenizer"
+    )
+
+
+def serve(policy: Policy, config: RolloutConfig) -> RolloutServer:
+    """A server for `policy`; `AlreadyAttachedError` if its owner has one that isn't closed."""
+    refuse_second(policy.owner)
+    server = RolloutServer(policy, config)
+    _servers[policy.owner] = server
+    return server
+
+
+def refuse_second(owner: Any) -> None:
+    """Raise `AlreadyAttachedError` if `owner` has a server that isn't closed."""
+    present = _servers.get(owner)
+    if present is not None and present.state is not State.CLOSED:
+        raise AlreadyAttachedError(
+            f"this {type(owner).__name__} already has a server at {present.base_url}; use that one, "
+            "or close() it first"
+        )

@@ -1,0 +1,186 @@
+"""Every option of `attach`, in one dataclass."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout_server.errors import ConfigError, NotAvailableError
+
+COLOCATE = ("sleep", "share", "resident")
+IN_FLIGHT = ("interrupt", "drain")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Options of `attach`. Durations are in seconds, sizes in bytes.
+
+    Where it listens:
+        host: address to bind. Default loopback.
+        port: TCP port; 0 takes a free one.
+        api_key: secret that clients send as `Authorization: Bearer`; None makes one at start.
+        served_model_name: the name clients give as `model`. The base model's name works too.
+
+    The engine:
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is what the trainer computes
+            with: its mixed precision if it has one, else the dtype of the parameters.
+        max_model_len: context length in tokens (prompt and completion). None takes the model's
+            own, shortened to what the KV cache holds.
+        kv_cache_memory_bytes: size of the KV cache. None is a quarter of the free memory, at
+            most 1 GiB, on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
+        gpu_memory_utilization: share (0 to 1) of the GPU's whole memory that the engine may
+            use, weights included. None is half of what is free at attach().
+        engine_args: fields of vLLM's `AsyncEngineArgs`, over everything chosen here.
+        sampling: defaults of the sampling fields that a request leaves out, named as in vLLM's
+            `SamplingParams` (temperature, top_p, top_k, min_p, repetition_penalty,
+            presence_penalty, frequency_penalty, max_tokens). None takes the trainer's
+            settings, or temperature 1 and nothing cut off where there is no trainer.
+        tool_call_parser: name of vLLM's parser of tool calls; "auto" tells it from the chat
+            template, None turns parsing off.
+        reasoning_parser: name of vLLM's parser of reasoning, or None.
+
+    Sharing memory and time with the trainer:
+        colocate: "sleep" gives the engine's memory back while the trainer trains, "resident"
+            keeps it and serves meanwhile, "share" holds one copy of the weights for both.
+        offload_optimizer: keep the optimizer's state in host memory during rollouts.
+        in_flight: what becomes of running generations when weights move or the engine sleeps:
+            "interrupt" freezes and later continues them from their own tokens, "drain" lets
+            them finish first.
+        hold_timeout: how long a request waits for the engine before it gets 503.
+        verify_every: after each N-th sync, compare what the engine holds with what was sent.
+            The first sync is always compared. 0: only the first.
+        max_restarts: how often a dead engine is restarted.
+
+    Deadlines:
+        start_timeout: start of the engine, its first weights included.
+        sync_timeout: one sync of weights.
+        sleep_timeout, wake_timeout: falling asleep (without draining), waking (without sync).
+        drain_timeout: running generations that may finish first, with in_flight="drain".
+        generate_timeout: one call of `generate`.
+        close_timeout: ending the HTTP server and the engine before they are killed.
+
+    progress: show what start-up does on standard error.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str | None = field(default=None, repr=False)
+    served_model_name: str = "policy"
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] | None = None
+    tool_call_parser: str | None = "auto"
+    reasoning_parser: str | None = None
+
+    colocate: str = "sleep"
+    offload_optimizer: bool = False
+    in_flight: str = "interrupt"
+    hold_timeout: float = 600.0
+    verify_every: int = 0
+    max_restarts: int = 0
+
+    start_timeout: float = 600.0
+    sync_timeout: float = 300.0
+    sleep_timeout: float = 60.0
+    wake_timeout: float = 60.0
+    drain_timeout: float = 600.0
+    generate_timeout: float = 3600.0
+    close_timeout: float = 10.0
+
+    progress: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "RolloutConfig":
+        """Build from keyword options; an unknown name is refused with the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"options are: {', '.join(known)}"
+                raise ConfigError(f"attach() has no option {name!r}; {hint}")
+        return cls(**options)
+
+    def __post_init__(self):
+        _one_of("colocate", self.colocate, COLOCATE)
+        _one_of("in_flight", self.in_flight, IN_FLIGHT)
+        _one_of("dtype", self.dtype, DTYPES)
+        _text("host", self.host)
+        _text("served_model_name", self.served_model_name)
+        if self.api_key is not None:
+            _text("api_key", self.api_key, secret=True)
+        _whole("port", self.port, low=0, high=65535)
+        _whole("verify_every", self.verify_every, low=0)
+        _whole("max_restarts", self.max_restarts, low=0)
+        _whole("max_model_len", self.max_model_len, low=1, optional=True)
+        _whole("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, optional=True)
+        share = self.gpu_memory_utilization
+        if share is not None and not (_is_number(share) and 0 < share <= 1):
+            raise ConfigError(
+                f"gpu_memory_utilization={share!r}: give a share of the GPU's memory, above 0 "
+                "and at most 1, or None"
+            )
+        for f in dataclasses.fields(self):
+            if f.name.endswith("_timeout"):
+                value = getattr(self, f.name)
+                if not (_is_number(value) and value > 0 and math.isfinite(value)):
+                    raise ConfigError(f"{f.name}={value!r}: give a number of seconds above 0")
+        for name in ("engine_args", "sampling"):
+            value = getattr(self, name)
+            if not (isinstance(value, Mapping) or (name == "sampling" and value is None)):
+                raise ConfigError(f"{name}={value!r}: give a dict of names and values")
+        for name in ("offload_optimizer", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        self._refuse_what_is_not_there_yet()
+
+    def _refuse_what_is_not_there_yet(self):
+        if self.colocate == "share":
+            raise NotAvailableError(
+                "colocate='share' isn't available in this version; use colocate='sleep' or "
+                "colocate='resident'"
+            )
+        if self.offload_optimizer:
+            raise NotAvailableError(
+                "offload_optimizer=True isn't available in this version; leave it False"
+            )
+        if self.max_restarts:
+            raise NotAvailableError(
+                f"max_restarts={self.max_restarts}: restarting a dead engine isn't available in "
+                "this version; leave it 0 and attach again after an EngineDeadError"
+            )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _text(name, value, secret=False):
+    if not isinstance(value, str) or not value.strip():
+        shown = "" if secret else f"={value!r}"
+        raise ConfigError(f"{name}{shown}: give a string that isn't empty")
+    if secret and not (value.isascii() and value.isprintable() and " " not in value):
+        # It travels in an HTTP header.
+        raise ConfigError(f"{name}: use printable ASCII characters without spaces")
+
+
+def _whole(name, value, low, high=None, optional=False):
+    if value is None and optional:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ConfigError(f"{name}={value!r}: give a whole number {bound}")

@@ -1,0 +1,128 @@
+"""What vLLM's engine is started with."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rollout_server.config import RolloutConfig
+from rollout_server.errors import ConfigError, OutOfMemoryError
+
+GIB = 1 << 30
+WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
+CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
+
+# How a chat template writes a tool call, and vLLM's parser of that form.
+_TOOL_FORMS = (
+    (r"<\|tool_calls_section_begin\|>", "kimi_k2"),
+    (r"<function=", "qwen3_coder"),
+    (r"<tool_call>", "hermes"),
+    (r"\[TOOL_CALLS\]", "mistral"),
+    (r"<\|python_tag\|>", "llama3_json"),
+)
+
+
+def engine_arguments(
+    config: RolloutConfig,
+    folder: str,
+    names: list[str],
+    dtype: str,
+    sampling: Mapping[str, Any],
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """Fields for vLLM's `AsyncEngineArgs`.
+
+    folder: with the config and the tokenizer; names: model names to serve under;
+    sampling: defaults for fields that a request leaves out.
+    """
+    chosen: dict[str, Any] = {
+        "model": folder,
+        "tokenizer": folder,
+        "served_model_name": names,
+        # Weights come from the trainer before the first request.
+        "load_format": "dummy",
+        "dtype": dtype,
+        "seed": seed,
+        # -1 fits the context to the KV cache.
+        "max_model_len": config.max_model_len or -1,
+        # Never the checkpoint's generation_config.json: requests would be sampled off-policy.
+        "generation_config": "vllm",
+        "override_generation_config": {k: v for k, v in sampling.items() if k != "max_tokens"},
+        # Log-probabilities of the distribution that was sampled from.
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "worker_extension_cls": WORKER_EXTENSION,
+        # The worker inside the engine's process: one process less.
+        "distributed_executor_backend": "uni",
+    }
+    if on_cpu:
+        chosen |= {
+            "worker_cls": CPU_WORKER,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cpu_kv_cache(config),
+        }
+    else:
+        chosen |= {"enable_sleep_mode": config.colocate == "sleep"} | _gpu_memory(config)
+    return chosen | dict(config.engine_args)
+
+
+def engine_variables(on_cpu: bool, device: int | None) -> dict[str, str]:
+    """Environment variables for the engine's processes."""
+    variables = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if on_cpu:
+        # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
+        # engine in a process of its own whatever the variable says.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    elif device is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    return variables
+
+
+def tool_parser(config: RolloutConfig, chat_template: Any) -> str | None:
+    """The name of vLLM's tool-call parser, told from the chat template where it is "auto"."""
+    if config.tool_call_parser != "auto":
+        return config.tool_call_parser
+    for form, parser in _TOOL_FORMS:
+        if isinstance(chat_template, str) and re.search(form, chat_template):
+            return parser
+    return None
+
+
+def _cpu_kv_cache(config: RolloutConfig) -> int:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    wanted = config.kv_cache_memory_bytes
+    if wanted is None:
+        return min(GIB, free // 4)
+    if wanted > free:
+        raise OutOfMemoryError(
+            f"kv_cache_memory_bytes={wanted}: only {free} bytes of memory are free; ask for less"
+        )
+    return wanted
+
+
+def _gpu_memory(config: RolloutConfig) -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "vLLM's GPU build is installed but torch sees no GPU; install rollout_server[cpu] "
+            "for a machine without one"
+        )
+    free, total = torch.cuda.mem_get_info()
+    wanted = config.kv_cache_memory_bytes
+    if wanted is not None:
+        if wanted > free:
+            raise OutOfMemoryError(
+                f"kv_cache_memory_bytes={wanted}: only {free} bytes of GPU memory are free; "
+                "ask for less"
+            )
+        return {"kv_cache_memory_bytes": wanted}
+    return {"gpu_memory_utilization": config.gpu_memory_utilization or round(free / total / 2, 3)}

@@ -1,0 +1,66 @@
+"""Every difference between the supported vLLM versions, 0.26 to 0.33, in one file.
+
+Importing this module doesn't import vLLM; its functions do.
+"""
+
+import argparse
+import importlib.util
+from typing import Any
+
+from rollout_server.errors import EngineMissingError
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+_RANGE = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+
+
+def require_vllm() -> str:
+    """vLLM's version; `EngineMissingError` if there is none or it isn't a supported one."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineMissingError(
+            f"vLLM isn't installed; install rollout_server[cuda], or rollout_server[cpu] on a "
+            f"machine without a GPU (vLLM {_RANGE})"
+        )
+    import vllm
+
+    version = vllm.__version__  # the CPU build's metadata has another name, so not from there
+    numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
+    if len(numbers) == 2 and not OLDEST <= numbers <= NEWEST:
+        raise EngineMissingError(
+            f"vllm {version} isn't supported; install a version from {_RANGE}"
+        )
+    return version
+
+
+def frontend_arguments() -> argparse.Namespace:
+    """vLLM's command-line defaults, which its HTTP app is built from."""
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+def app_builders() -> tuple[Any, Any]:
+    """vLLM's `build_app` and `init_app_state`."""
+    try:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+    except ImportError:  # before 0.30
+        from vllm.entrypoints.openai.api_server import build_app, init_app_state
+    return build_app, init_app_state
+
+
+async def set_weight_version(client: Any, version: int) -> None:
+    """Tell the engine the policy version, for the spans in its outputs (0.32 and later)."""
+    if hasattr(client, "update_weight_version"):
+        await client.update_weight_version(str(version))
+
+
+def weight_spans(output: Any) -> list[tuple[int, int, int]] | None:
+    """(version, start, end) of each run of an output's tokens; None before 0.32."""
+    spans = getattr(output, "weight_versions", None)
+    if not spans:
+        return None
+    return [(int(s.version), s.start, s.end) for s in spans]

@@ -1,0 +1,63 @@
+"""vLLM's CPU worker, made to sleep. Runs in the engine's process.
+
+vLLM's own CPU worker ignores `sleep`. Here the pages behind the weights and the KV cache are
+given back to the system with `madvise(MADV_DONTNEED)`: addresses stay valid, resident memory falls
+at once whatever allocator they came from, and a page that is touched again reads as zeros. So
+waking costs nothing, the KV cache wakes up zeroed (stale NaNs would reach attention through masked
+positions), and the weights must be written again, as after vLLM's sleep level 2.
+"""
+
+import ctypes
+import mmap
+
+import torch
+from vllm import _custom_ops
+from vllm.model_executor.layers import utils as layer_utils
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MADV_DONTNEED = 4
+
+
+class CpuWorker(CPUWorker):
+    def load_model(self, *args, **kwargs) -> None:
+        # Otherwise linear weights are repacked into opaque handles and the originals dropped,
+        # and new weights would have nowhere to go.
+        _custom_ops._supports_onednn = False
+        if hasattr(layer_utils, "check_cpu_sgl_kernel"):
+            layer_utils.check_cpu_sgl_kernel = lambda *_: False
+        super().load_model(*args, **kwargs)
+
+    def sleep(self, level: int = 1) -> None:
+        if level != 2:
+            raise ValueError(f"sleep level {level}: on the CPU only level 2 is there")
+        for storage in self._storages():
+            _give_back(storage)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Nothing to do: pages come back, zeroed, when they are touched."""
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """Each storage of a parameter or of the KV cache, once. Buffers stay: no sync brings
+        those back that a model computes for itself."""
+        model = self.model_runner.get_model()
+        kept = {b.untyped_storage().data_ptr() for b in model.buffers()}
+        tensors = [*model.parameters(), *_flat(self.model_runner.kv_caches)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+        return [s for at, s in storages.items() if at not in kept]
+
+
+def _flat(caches) -> list[torch.Tensor]:
+    if isinstance(caches, torch.Tensor):
+        return [caches]
+    return [t for c in caches for t in _flat(c)]
+
+
+def _give_back(storage: torch.UntypedStorage) -> None:
+    # Only whole pages inside the storage: its neighbours share the first and the last.
+    page = mmap.PAGESIZE
+    start = -(-storage.data_ptr() // page) * page
+    end = (storage.data_ptr() + storage.nbytes()) // page * page
+    if end > start and _libc.madvise(start, end - start, _MADV_DONTNEED) != 0:
+        raise OSError(ctypes.get_errno(), "madvise(MADV_DONTNEED) failed")

@@ -1,0 +1,269 @@
+"""vLLM's `AsyncLLM` and its processes, behind the few calls that the rest of the package makes.
+
+Every coroutine here runs on the server's loop, where the client was made.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+from rollout_server.engine import compat
+from rollout_server.engine.sampling import sampling_params
+from rollout_server.engine.spawn import engine_children
+from rollout_server.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineStartError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+    WeightSyncError,
+)
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_LOG_LINES = 40
+
+
+class Engine:
+    """A running engine. Made by `Engine.start`, ended by `close`."""
+
+    def __init__(self, client: Any, log: str):
+        self.client = client
+        self.description: dict[str, Any] = {}
+        self._log = log
+        _quiet()  # again: starting has configured the logger
+        self._processes = [psutil.Process(p) for p in _core_pids(client)]
+
+    @classmethod
+    async def start(
+        cls,
+        arguments: Mapping[str, Any],
+        variables: Mapping[str, str],
+        log: str,
+        pids: list[int],
+    ) -> "Engine":
+        """Start vLLM with `AsyncEngineArgs` fields `arguments` and environment `variables`.
+
+        `log` is the file that the engine's processes write to; their ids go into `pids` as they
+        start. Blocks the loop, on which nothing else runs yet. Raises `UnsupportedModelError`,
+        `ConfigError`, `OutOfMemoryError` or `EngineStartError`; no process is left behind then.
+        """
+        with engine_children(log, variables, pids):
+            try:
+                config = _vllm_config(arguments)
+                from vllm.usage.usage_lib import UsageContext
+                from vllm.v1.engine.async_llm import AsyncLLM
+
+                client = AsyncLLM.from_vllm_config(
+                    config,
+                    usage_context=UsageContext.ENGINE_CONTEXT,
+                    disable_log_stats=bool(arguments.get("disable_log_stats", False)),
+                )
+            except (ConfigError, UnsupportedModelError):
+                raise
+            except Exception as error:
+                kill_trees(pids)
+                raise _start_error(error, log) from error
+        engine = cls(client, log)
+        try:
+            engine.description = (await engine._on_workers("rollout_describe"))[0]
+        except BaseException:
+            engine.close(timeout=5)
+            raise
+        return engine
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine core."""
+        return self._processes[0].pid
+
+    @property
+    def max_model_len(self) -> int:
+        return self.client.model_config.max_model_len
+
+    @property
+    def dead(self) -> bool:
+        return self.client.errored or not all(p.is_running() for p in self._processes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Resident memory of the engine's processes on the host."""
+        total = 0
+        for process in self._tree():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+    def log_tail(self, lines: int = _LOG_LINES) -> str:
+        return _tail(self._log, lines)
+
+    def require_alive(self) -> None:
+        if self.dead:
+            log = self.log_tail()
+            raise EngineDeadError(
+                f"the engine has ended ({_cause(log) or 'its log names no cause'}); close() the "
+                f"server and attach() again. The end of its log:\n{log}"
+            )
+
+    async def generate(
+        self, prompt: list[int], fields: Mapping[str, Any], request_id: str
+    ) -> list[Any]:
+        """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample."""
+        from vllm.sampling_params import RequestOutputKind
+
+        params = sampling_params(fields)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        final = None
+        try:
+            async for final in self.client.generate(
+                {"prompt_token_ids": prompt}, params, request_id
+            ):
+                pass
+        except Exception:
+            self.require_alive()
+            raise
+        return final.outputs
+
+    async def pause(self, drain: bool) -> None:
+        """Stop scheduling and forget all caches; running requests finish first, or are frozen."""
+        await self.client.pause_generation(mode="wait" if drain else "keep", clear_cache=True)
+
+    async def resume(self) -> None:
+        await self.client.resume_generation()
+
+    async def sleep(self) -> None:
+        """Release weights and KV cache (vLLM's level 2). The engine must be paused."""
+        await self.client.sleep(level=2, mode="keep")
+
+    async def wake_weights(self) -> None:
+        await self.client.wake_up(tags=["weights"])
+
+    async def wake_kv_cache(self) -> None:
+        """Bring the KV cache back; scheduling resumes with it."""
+        await self.client.wake_up(tags=["kv_cache"])
+
+    async def load_weights(self, message: bytes, verify: bool) -> dict[str, Any]:
+        """Take the trainer's tensors; the first worker's report (see `WeightReceiver`)."""
+        reports = await self._on_workers("rollout_load", message, verify)
+        _require_same(reports)
+        return reports[0]
+
+    async def verify_weights(self, message: bytes) -> None:
+        """Compare with the trainer's tensors; `WeightSyncError` names those that differ."""
+        _require_same(await self._on_workers("rollout_verify", message))
+
+    async def set_weight_version(self, version: int) -> None:
+        await compat.set_weight_version(self.client, version)
+
+    async def _on_workers(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        self.require_alive()
+        return await self.client.collective_rpc(method, args=args)
+
+    def _tree(self) -> list[psutil.Process]:
+        tree = []
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                tree += [process, *process.children(recursive=True)]
+        return tree
+
+    def close(self, timeout: float) -> None:
+        """End the engine's processes, with SIGKILL past `timeout` seconds."""
+        tree = self._tree()
+        with contextlib.suppress(Exception):
+            self.client.shutdown(timeout=timeout)
+        _kill(tree)
+
+
+def kill_trees(pids: list[int]) -> None:
+    """End processes and all that they started, at once."""
+    tree = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            tree += [process, *process.children(recursive=True)]
+    _kill(tree)
+
+
+def _vllm_config(arguments: Mapping[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    _quiet()
+    try:
+        return AsyncEngineArgs(**arguments).create_engine_config()
+    except TypeError as error:
+        raise ConfigError(f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}") from error
+    except ValueError as error:  # pydantic's ValidationError is one
+        text = str(error)
+        if "rchitecture" in text:
+            raise UnsupportedModelError(
+                f"vLLM has no such architecture: {_first_lines(text)}; serve a model whose class "
+                "vLLM implements, or register yours with vllm.ModelRegistry"
+            ) from error
+        raise ConfigError(f"vLLM refuses the engine's options: {_first_lines(text)}") from error
+
+
+def _quiet() -> None:
+    """Keep vLLM's front end off the trainer's screen, unless its level was asked for."""
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+def _start_error(error: Exception, log: str) -> Exception:
+    tail = _tail(log, _LOG_LINES)
+    cause = _cause(tail) or _first_lines(str(error)) or type(error).__name__
+    kind = EngineStartError
+    if re.search(r"out of memory|less than requested memory|No available memory|larger than the "
+                 r"(maximum|available)|less than desired|MemoryError|needed, which is larger", cause):  # fmt: skip
+        kind = OutOfMemoryError
+        cause += "; ask for a smaller KV cache (kv_cache_memory_bytes) or context (max_model_len)"
+    return kind(f"the engine didn't start: {cause}\nThe end of its log:\n{tail}")
+
+
+def _cause(log: str) -> str | None:
+    """The last line of a log that names an exception."""
+    named = re.findall(r"((?:\w+\.)*\w*(?:Error|Exception)\b: .+)", log)
+    return named[-1].strip() if named else None
+
+
+def _tail(path: str, lines: int) -> str:
+    try:
+        with open(path, "rb") as f:
+            f.seek(0, os.SEEK_END)
+            f.seek(max(0, f.tell() - 65536))
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(_ANSI.sub("", text).splitlines()[-lines:])
+
+
+def _first_lines(text: str, count: int = 4) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines()[:count])
+
+
+def _core_pids(client: Any) -> list[int]:
+    return [p.pid for p in client.engine_core.resources.engine_manager.processes]
+
+
+def _require_same(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        if "error" in report:
+            raise WeightSyncError(f"the engine couldn't take the weights:\n{report['error']}")
+        if differ := report.get("mismatched"):
+            raise WeightSyncError(
+                f"the engine's weights differ from the trainer's after the sync: {differ}"
+            )
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    deadline = time.monotonic() + 5
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.wait(max(0.0, deadline - time.monotonic()))

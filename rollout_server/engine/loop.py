@@ -1,0 +1,84 @@
+"""The one background thread and its asyncio loop.
+
+Everything of a server that isn't thread-safe (vLLM's client, the HTTP app, the gate) lives on
+this loop. Other threads hand it coroutines through `call`, always with a deadline.
+"""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+from rollout_server.errors import DeadlineError, StateError
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class LoopThread:
+    """A daemon thread running one asyncio loop until `stop`."""
+
+    def __init__(self, name: str = "rollout-server"):
+        self._loop = _new_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def call(self, work: Coroutine, timeout: float, what: str) -> Any:
+        """Run `work` on the loop and wait for its result from another thread.
+
+        Past `timeout` seconds the coroutine is cancelled and `DeadlineError` raised; a
+        KeyboardInterrupt in the waiting thread cancels it too.
+        """
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise StateError(f"{what}: called from the server's own thread, which would wait forever")
+        if not self.alive or self._loop.is_closed():
+            work.close()
+            raise StateError(f"{what}: the server's thread has ended; attach() again")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            if future.done():  # the coroutine's own TimeoutError
+                raise
+            future.cancel()
+            raise DeadlineError(f"{what}: not done after {timeout:g} s") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, timeout: float) -> bool:
+        """Cancel what still runs, stop the loop and join the thread; True if it ended."""
+        if self.alive and not self._loop.is_closed():
+            try:
+                asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout)
+            except Exception:  # stopping goes on whatever a task does
+                pass
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    async def _drain(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()

@@ -1,0 +1,95 @@
+"""How vLLM's child processes are started from inside a training script.
+
+While `engine_children` is active, children that the calling thread spawns through
+`multiprocessing`:
+
+- don't run the user's script again: `multiprocessing` tells a child to import the parent's
+  `__main__`, which for a script without a `__main__` guard, a notebook or `python -` trains twice
+  or fails. vLLM's targets need nothing from it, so `__main__`'s origin is hidden at that moment;
+- die with the thread that started them (`PR_SET_PDEATHSIG`), whatever kills this process;
+- write their standard output and error to a log file;
+- don't see the launcher's variables (`RANK`, `MASTER_PORT`, ...): vLLM would take itself for a
+  member of the trainer's process group.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from multiprocessing import popen_spawn_posix, spawn
+
+# Set by accelerate and torchrun for the trainer's own process group.
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MEGATRON_LM_", "PMI_", "OMPI_")
+
+# Run by the child before anything else. PR_SET_PDEATHSIG is 1; the parent may already be gone.
+_PROLOGUE = (
+    "import ctypes, os, sys; "
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == {parent} or os._exit(1); "
+    "log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600); "
+    "os.dup2(log, 1); os.dup2(log, 2); os.close(log); "
+)
+
+# `multiprocessing` and the environment belong to the whole process: one start at a time.
+_one_start = threading.Lock()
+
+
+@contextlib.contextmanager
+def engine_children(
+    log: str, variables: Mapping[str, str], pids: list[int]
+) -> Iterator[None]:
+    """Start children as described above; `variables` go into their environment, their process
+    ids into `pids`. The environment is restored on the way out, with whatever vLLM itself wrote into it.
+    """
+    thread = threading.get_ident()
+    launch, command_line = popen_spawn_posix.Popen._launch, spawn.get_command_line
+
+    def hidden_launch(popen, process):
+        if threading.get_ident() != thread:
+            return launch(popen, process)
+        with _main_hidden():
+            launch(popen, process)
+        pids.append(popen.pid)
+
+    def logged_command_line(**kwargs):
+        line = command_line(**kwargs)
+        if threading.get_ident() == thread and "-c" in line:
+            at = line.index("-c") + 1
+            line[at] = _PROLOGUE.format(parent=os.getpid(), log=log) + line[at]
+        return line
+
+    with _one_start:
+        saved = dict(os.environ)
+        for name in saved:
+            if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
+                del os.environ[name]
+        os.environ.update(variables)
+        popen_spawn_posix.Popen._launch = hidden_launch
+        spawn.get_command_line = logged_command_line
+        try:
+            yield
+        finally:
+            popen_spawn_posix.Popen._launch = launch
+            spawn.get_command_line = command_line
+            for name in os.environ.keys() - saved.keys():
+                del os.environ[name]
+            os.environ.update({n: v for n, v in saved.items() if os.environ.get(n) != v})
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    main = sys.modules["__main__"]
+    hidden = {n: getattr(main, n) for n in ("__file__", "__spec__") if hasattr(main, n)}
+    main.__spec__ = None
+    if "__file__" in hidden:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)

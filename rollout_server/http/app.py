@@ -1,0 +1,64 @@
+"""vLLM's own app, behind our layers."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rollout_server.engine import compat
+from rollout_server.http.gate import Gate
+from rollout_server.http.layers import Hold, Key, Routes, Tags
+
+
+async def serving_app(
+    client: Any,
+    names: list[str],
+    sampling: Mapping[str, Any],
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+) -> Any:
+    """vLLM's FastAPI app over its engine client, without any layer of ours.
+
+    sampling: defaults of the fields that a request leaves out; all but max_tokens are known to
+    the client's model config already.
+    """
+    build_app, init_app_state = compat.app_builders()
+    args = _arguments(client, names, tool_parser, reasoning_parser)
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    if sampling.get("max_tokens") is not None:
+        _default_max_tokens(app.state, sampling["max_tokens"])
+    return app
+
+
+def layered(app: Any, key: str, gate: Gate, version: Callable[[], int]) -> Routes:
+    """What uvicorn serves."""
+    return Routes(Key(Hold(Tags(app, version), gate), key))
+
+
+def _arguments(
+    client: Any, names: list[str], tool_parser: str | None, reasoning_parser: str | None
+) -> Namespace:
+    args = compat.frontend_arguments()
+    args.model = client.model_config.model
+    args.served_model_name = names
+    args.api_key = None  # the key is checked in front of the app
+    args.allowed_origins = []  # no cross-origin requests
+    args.tool_call_parser = tool_parser
+    args.enable_auto_tool_choice = tool_parser is not None
+    args.structured_outputs_config = client.vllm_config.structured_outputs_config
+    if reasoning_parser is not None:
+        args.structured_outputs_config.reasoning_parser = reasoning_parser
+    return args
+
+
+def _default_max_tokens(state: Any, max_tokens: int) -> None:
+    """A request's length where it gives none. As a field of the model config it would also cap
+    what a request asks for."""
+    for name in ("openai_serving_chat", "openai_serving_responses"):
+        serving = getattr(state, name, None)
+        if serving is not None and hasattr(serving, "default_sampling_params"):
+            serving.default_sampling_params = {
+                **serving.default_sampling_params,
+                "max_tokens": max_tokens,
+            }

@@ -1,0 +1,58 @@
+"""The gate in front of the engine: requests wait here while weights move or the engine sleeps.
+
+Held, not refused: an agent's client would give up after a few retries, but it waits happily.
+"""
+
+import asyncio
+import math
+
+from rollout_server.errors import StateError
+
+
+class GateTimeout(Exception):
+    """A request has waited for as long as it may. `retry_after`: seconds to suggest."""
+
+    def __init__(self, waited: float):
+        super().__init__(f"the engine wasn't ready within {waited:g} s")
+        self.retry_after = max(1, math.ceil(waited / 10))
+
+
+class Gate:
+    """Open, closed, or shut for good. Used on the server's loop only."""
+
+    def __init__(self, hold_timeout: float):
+        self._hold_timeout = hold_timeout
+        self._open = asyncio.Event()
+        self._shut: str | None = None
+        self.held = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._shut is None and self._open.is_set()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def shut(self, why: str) -> None:
+        """Close for good: all who wait, and all who come, get `StateError(why)`."""
+        self._shut = why
+        self._open.set()
+
+    async def passage(self) -> None:
+        """Return once the gate is open; `GateTimeout` past hold_timeout, `StateError` if shut."""
+        if not self._open.is_set():
+            self.held += 1
+            try:
+                async with asyncio.timeout(self._hold_timeout):
+                    # Opened and closed again before this task ran: wait on.
+                    while not self._open.is_set():
+                        await self._open.wait()
+            except TimeoutError:
+                raise GateTimeout(self._hold_timeout) from None
+            finally:
+                self.held -= 1
+        if self._shut is not None:
+            raise StateError(self._shut)

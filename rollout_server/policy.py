@@ -1,0 +1,63 @@
+"""What a server needs to know of the policy it serves, whichever trainer owns it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rollout_server.weights.source import bare_model
+
+# Nothing cut off, nothing reshaped: the distribution that the policy's own logits give.
+NEUTRAL_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """
+    model: gives the model as it is now; trainers rebind theirs when they wrap it.
+    tokenizer: tokenizer or processor, with the chat template.
+    owner: what may hold one server at a time: the trainer, or the model.
+    compute_dtype: name of the dtype the trainer computes in; None: that of its parameters.
+    sampling: sampling fields by the trainer's settings.
+    seed: of the engine's sampler; differs between ranks.
+    """
+
+    model: Callable[[], Any]
+    tokenizer: Any
+    owner: Any
+    compute_dtype: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=lambda: dict(NEUTRAL_SAMPLING))
+    seed: int = 0
+
+    @property
+    def bare(self) -> torch.nn.Module:
+        return bare_model(self.model())
+
+    @property
+    def dtype(self) -> str:
+        """What "auto" stands for: "float32", "bfloat16" or "float16"."""
+        return self.compute_dtype or next(
+            (str(p.dtype).removeprefix("torch.") for p in self.bare.parameters()
+             if p.is_floating_point()),
+            "float32",
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.bare.parameters())).device
+
+    @property
+    def base_name(self) -> str | None:
+        """The name the model was loaded under."""
+        return getattr(getattr(self.bare, "config", None), "_name_or_path", None) or None
+
+    @property
+    def chat_template(self) -> Any:
+        return getattr(self.tokenizer, "chat_template", None)

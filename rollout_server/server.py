@@ -1,0 +1,380 @@
+"""`RolloutServer`: the handle that the trainer holds."""
+
+import asyncio
+import atexit
+import contextlib
+import html
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rollout_server.completion import Completion, Prompt, prompt_list
+from rollout_server.config import RolloutConfig
+from rollout_server.engine import compat
+from rollout_server.engine.arguments import engine_arguments, engine_variables, tool_parser
+from rollout_server.engine.engine import Engine, kill_trees
+from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.loop import LoopThread
+from rollout_server.engine.sampling import sampling_params
+from rollout_server.errors import (
+    NotAvailableError,
+    PromptTooLongError,
+    StateError,
+)
+from rollout_server.http.app import layered, serving_app
+from rollout_server.http.gate import Gate, GateTimeout
+from rollout_server.http.listener import Listener, listen
+from rollout_server.lifecycle import Lifecycle, SyncReport
+from rollout_server.policy import Policy
+from rollout_server.progress import Progress
+from rollout_server.state import State, StateBox
+from rollout_server.weights.source import policy_tensors
+from rollout_server.weights.transport import Exporter
+
+
+class RolloutServer:
+    """A vLLM engine and its OpenAI endpoint, inside the training process. Made by `attach`.
+
+    Methods may be called from any thread; each has a deadline (see `RolloutConfig`) and raises
+    subclasses of `RolloutServerError`.
+    """
+
+    def __init__(self, policy: Policy, config: RolloutConfig):
+        self._policy = policy
+        self._config = config
+        self._box = StateBox()
+        self._exporter = Exporter()
+        self._exporting = threading.Lock()
+        self._api_key = config.api_key or secrets.token_urlsafe(32)
+        self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
+        self._pids: list[int] = []
+        self._engine: Engine | None = None
+        self._listener: Listener | None = None
+        self._request = 0
+        progress = Progress(config.progress)
+
+        tensors = policy_tensors(policy.model())  # first, since it is where a policy is refused
+        with progress.step("importing vLLM"), _quiet_vllm():
+            version = compat.require_vllm()
+            sampling_params(self._sampling)
+        self._sock = listen(config.host, config.port)
+        self._port = self._sock.getsockname()[1]
+        self._folder = tempfile.mkdtemp(prefix="rollout_server-")
+        self._loop = LoopThread()
+        atexit.register(self.close)
+        try:
+            with progress.step(f"starting the engine (vLLM {version})"):
+                self._loop.call(self._start_engine(), config.start_timeout, "starting the engine")
+            with progress.step("taking the policy's weights"):
+                self._push(tensors)
+            with progress.step("opening the endpoint"):
+                self._loop.call(self._start_http(), config.start_timeout, "starting the endpoint")
+        except BaseException:
+            kill_trees(self._pids)  # also wakes a start that still waits for them
+            self.close()
+            raise
+        progress.say(f"serving {config.served_model_name!r} at {self.base_url}")
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def base_url(self) -> str:
+        """What OpenAI clients take as `base_url`."""
+        host = self._config.host
+        if host in ("0.0.0.0", "::"):
+            host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
+
+    @property
+    def base_urls(self) -> list[str]:
+        """One URL per engine. This rank's alone in this version."""
+        return [self.base_url]
+
+    @property
+    def api_key(self) -> str:
+        """The secret that clients send as `Authorization: Bearer`."""
+        return self._api_key
+
+    @property
+    def state(self) -> State:
+        """Where the server is; compares equal to its name, "awake" for one."""
+        return self._box.state
+
+    @property
+    def policy_version(self) -> int:
+        """0 for the weights at attach, one more for each sync."""
+        return self._lifecycle.version
+
+    @property
+    def max_model_len(self) -> int:
+        """The engine's context length in tokens, prompt and completion."""
+        return self._engine.max_model_len
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine."""
+        return self._engine.pid
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: `weights` and `kv_cache` as allocated (0 while they are given back), and
+        `resident` host memory of the engine's processes."""
+        given_back = self.state is State.ASLEEP
+        told = self._engine.description
+        return {
+            "weights": 0 if given_back else told["weight_bytes"],
+            "kv_cache": 0 if given_back else told["kv_cache_bytes"],
+            "resident": self._engine.resident_bytes,
+        }
+
+    # -- weights, sleep, wake -----------------------------------------------------------------
+
+    def sync_weights(self) -> SyncReport:
+        """Give the engine the policy's weights as they are now, and raise `policy_version`.
+
+        Requests wait meanwhile; running generations are continued with the new weights. A server
+        that sleeps wakes up.
+        """
+        self._box.require_open()
+        return self._push(policy_tensors(self._policy.model()))
+
+    def verify_weights(self) -> None:
+        """Compare the engine's weights with the policy's; `WeightSyncError` names differences."""
+        self._box.require_open()
+        with self._exporting:
+            message = self._exporter.export(policy_tensors(self._policy.model()))
+            self._loop.call(
+                self._lifecycle.verify(message), self._config.sync_timeout + 5, "verify_weights()"
+            )
+
+    def sleep(self) -> None:
+        """Give the engine's weights and KV cache back; requests wait until `wake`.
+
+        Nothing happens if it sleeps already, or with colocate="resident".
+        """
+        self._box.require_open()
+        if self._config.colocate == "resident":
+            return
+        config = self._config
+        allowed = config.sleep_timeout * 2 + config.sync_timeout + config.wake_timeout * 2
+        if config.in_flight == "drain":
+            allowed += config.drain_timeout
+        self._loop.call(self._lifecycle.sleep(), allowed, "sleep()")
+
+    def wake(self) -> SyncReport | None:
+        """Wake the engine with the policy's weights as they are now; None if it is awake."""
+        self._box.require_open()
+        return self.sync_weights() if self.state is not State.AWAKE else None
+
+    def _push(self, tensors: Mapping[str, Any]) -> SyncReport:
+        config = self._config
+        allowed = config.sync_timeout + config.wake_timeout * 2 + config.sleep_timeout * 2
+        if config.in_flight == "drain":
+            allowed += config.drain_timeout
+        with self._exporting:
+            message = self._exporter.export(tensors)
+            return self._loop.call(self._lifecycle.sync(message), allowed, "sync_weights()")
+
+    # -- generation ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[Completion]:
+        """Sample completions, without HTTP.
+
+        prompts: one prompt or several; each a string, token ids, or messages.
+        sampling: fields of vLLM's `SamplingParams` over the server's defaults.
+        timeout: seconds, instead of `generate_timeout`.
+
+        Returns `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those
+        of the first prompt first. Raises `SamplingError`, `PromptTooLongError`, and `StateError`
+        if the server sleeps.
+        """
+        self._box.require_open()
+        ids = prompt_list(prompts, self._policy.tokenizer)
+        fields = self._sampling | {"logprobs": 0} | dict(sampling or {})
+        sampling_params(fields)
+        longest = max((len(p) for p in ids), default=0)
+        if longest >= self.max_model_len:
+            raise PromptTooLongError(
+                f"a prompt has {longest} tokens, the engine's maximum context length is "
+                f"{self.max_model_len}; shorten it or raise max_model_len"
+            )
+        fields.setdefault("max_tokens", self.max_model_len - longest)
+        return self._loop.call(
+            self._generate(ids, fields),
+            timeout or self._config.generate_timeout,
+            "generate()",
+        )
+
+    async def _generate(
+        self, prompts: list[list[int]], fields: Mapping[str, Any]
+    ) -> list[Completion]:
+        if self.state is State.ASLEEP:
+            raise StateError("the server is asleep; wake() it before generate()")
+        try:
+            await self._gate.passage()
+        except GateTimeout as late:
+            raise StateError(str(late)) from None
+        self._engine.require_alive()
+        first, self._request = self._request, self._request + len(prompts)
+        tasks = [
+            asyncio.ensure_future(self._engine.generate(ids, fields, f"generate-{first + i}"))
+            for i, ids in enumerate(prompts)
+        ]
+        try:
+            results = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one failed, or the caller went away
+                task.cancel()
+        return [
+            self._completion(ids, output)
+            for ids, outputs in zip(prompts, results, strict=True)
+            for output in outputs
+        ]
+
+    def _completion(self, prompt: list[int], output: Any) -> Completion:
+        ids = list(output.token_ids)
+        newest = self.policy_version
+        versions = compat.weight_spans(output) or [(newest, 0, len(ids))]
+        return Completion(
+            prompt_ids=prompt,
+            ids=ids,
+            text=output.text,
+            logprobs=[at[i].logprob for i, at in zip(ids, output.logprobs or [], strict=True)],
+            finish_reason=output.finish_reason,
+            policy_version=versions[-1][0],
+            versions=versions,
+        )
+
+    def openai(self, **options: Any) -> Any:
+        """A ready `openai.OpenAI` client; options are its own."""
+        import openai
+
+        return openai.OpenAI(**(self._client_options() | options))
+
+    def async_openai(self, **options: Any) -> Any:
+        """A ready `openai.AsyncOpenAI` client; options are its own."""
+        import openai
+
+        return openai.AsyncOpenAI(**(self._client_options() | options))
+
+    def _client_options(self) -> dict[str, Any]:
+        self._box.require_open()
+        patience = self._config.hold_timeout + self._config.generate_timeout
+        return {"base_url": self.base_url, "api_key": self.api_key, "timeout": patience}
+
+    def session(self, *args: Any, **options: Any) -> Any:
+        """A rollout session with a URL, a key and a trajectory of its own."""
+        raise NotAvailableError(
+            "session() isn't available in this version; use base_url and api_key, or generate()"
+        )
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the endpoint, the engine and the thread; free the port and the temporary folder.
+
+        From any state and any thread, any number of times.
+        """
+        if not self._box.close():
+            return
+        atexit.unregister(self.close)
+        patience = self._config.close_timeout
+        with contextlib.suppress(Exception):
+            self._loop.call(self._end(patience), patience * 3, "close()")
+        kill_trees(self._pids)
+        self._loop.stop(patience)
+        self._sock.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end(self, patience: float) -> None:
+        if hasattr(self, "_gate"):
+            self._gate.shut("the server is closed")
+        if self._listener is not None:
+            await self._listener.close(min(patience, 2.0))
+        if self._engine is not None:
+            self._engine.close(patience)
+
+    def __enter__(self) -> "RolloutServer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # -- how it shows itself --------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value}" for name, value in self._shown().items())
+        return f"<RolloutServer {fields}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in self._shown().items()
+        )
+        return f"<table><caption>RolloutServer</caption>{rows}</table>"
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"state": self.state, "url": self.base_url}
+        if self._engine is not None and self.state is not State.CLOSED:
+            shown["policy_version"] = self.policy_version
+            shown |= {name: f"{n / 2**20:.0f} MiB" for name, n in self.memory().items()}
+        return shown
+
+    # -- the beginning --------------------------------------------------------------------------
+
+    async def _start_engine(self) -> None:
+        from vllm.platforms import current_platform
+
+        config, policy = self._config, self._policy
+        dtype = policy.dtype if config.dtype == "auto" else config.dtype
+        write_model_folder(self._folder, policy.bare, policy.tokenizer, dtype)
+        on_cpu = current_platform.is_cpu()
+        arguments = engine_arguments(
+            config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu
+        )
+        variables = engine_variables(on_cpu, policy.device.index)
+        log = os.path.join(self._folder, "engine.log")
+        self._engine = await Engine.start(arguments, variables, log, self._pids)
+        self._gate = Gate(config.hold_timeout)
+        self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
+
+    async def _start_http(self) -> None:
+        config = self._config
+        app = await serving_app(
+            self._engine.client,
+            self._names(),
+            self._sampling,
+            tool_parser(config, self._policy.chat_template),
+            config.reasoning_parser,
+        )
+        app = layered(app, self._api_key, self._gate, lambda: self._lifecycle.version)
+        self._listener = Listener(app, self._sock)
+        await self._listener.start()
+
+    def _names(self) -> list[str]:
+        names = [self._config.served_model_name, self._policy.base_name]
+        return list(dict.fromkeys(name for name in names if name))
+
+
+@contextlib.contextmanager
+def _quiet_vllm():
+    """vLLM says much while it is imported; unless asked to, it doesn't on the trainer's screen."""
+    first = "vllm" not in sys.modules and "VLLM_LOGGING_LEVEL" not in os.environ
+    if first:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    try:
+        yield
+    finally:
+        if first:
+            os.environ.pop("VLLM_LOGGING_LEVEL", None)
+
+
