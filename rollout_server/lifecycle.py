@@ -36,6 +36,7 @@ class SyncReport:
         version: policy version from now on.
         bytes: size of the trainer's tensors.
         seconds: from the call until requests flowed again.
+        wake_seconds: of these, those that waking took; 0 if the engine was awake.
         path: how the weights went: "load_weights" is vLLM's loader, tensor by tensor.
         tensors: number of tensors.
         verified: whether what the engine holds was compared with what was sent.
@@ -44,6 +45,7 @@ class SyncReport:
     version: int
     bytes: int
     seconds: float
+    wake_seconds: float
     path: str
     tensors: int
     verified: bool
@@ -92,7 +94,7 @@ class Lifecycle:
             self._box.move(State.ASLEEP)
 
     async def _sync(self, message: bytes) -> SyncReport:
-        started = time.perf_counter()
+        started, waking = time.perf_counter(), 0.0
         asleep = self._box.state is State.ASLEEP
         if asleep:
             self._box.move(State.WAKING)
@@ -100,8 +102,10 @@ class Lifecycle:
             await self._rest()
         with self._breaking("syncing weights"):
             if asleep:
+                waking -= time.perf_counter()
                 async with _deadline(self._config.wake_timeout, "waking the weights"):
                     await self._engine.wake_weights()
+                waking += time.perf_counter()
             self._box.move(State.SYNCING)
             verify = self._due()
             async with _deadline(self._config.sync_timeout, "syncing weights"):
@@ -109,7 +113,12 @@ class Lifecycle:
                 # Before scheduling resumes, so that each token is counted to its version.
                 await self._engine.set_weight_version(self.version + 1)
             async with _deadline(self._config.wake_timeout, "waking the KV cache"):
-                await (self._engine.wake_kv_cache() if asleep else self._engine.resume())
+                if asleep:
+                    waking -= time.perf_counter()
+                    await self._engine.wake_kv_cache()
+                    waking += time.perf_counter()
+                else:
+                    await self._engine.resume()
             self._syncs += 1
             self.version += 1
             self._box.move(State.AWAKE)
@@ -118,6 +127,7 @@ class Lifecycle:
             version=self.version,
             bytes=report["bytes"],
             seconds=time.perf_counter() - started,
+            wake_seconds=waking,
             path="load_weights",
             tensors=report["tensors"],
             verified=verify,
@@ -136,27 +146,20 @@ class Lifecycle:
         return self._syncs == 0 or (every > 0 and self._syncs % every == 0)
 
     async def _rest(self) -> None:
-        """Close the gate and bring the engine to rest; undone if draining takes too long."""
-        drain = self._config.in_flight == "drain"
-        allowed = self._config.drain_timeout if drain else self._config.sleep_timeout
+        """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
         self._box.move(State.CLOSING_GATE)
         self._gate.close()
-        try:
-            async with _deadline(allowed, "bringing running requests to rest"):
-                await self._engine.pause(drain)
-        except DeadlineError:
-            if not drain:
-                self._break("bringing running requests to rest took too long")
-                raise
-            with self._breaking("resuming after a drain that took too long"):
-                async with _deadline(self._config.sleep_timeout, "resuming"):
-                    await self._engine.resume()
+        if self._config.in_flight == "drain":
+            try:
+                async with _deadline(self._config.drain_timeout, "letting running requests finish"):
+                    await self._engine.drain()
+            except DeadlineError:
                 self._box.move(State.AWAKE)
-            self._gate.open()
-            raise
-        except BaseException as error:
-            self._break(f"bringing running requests to rest: {error}")
-            raise
+                self._gate.open()
+                raise
+        with self._breaking("bringing running requests to rest"):
+            async with _deadline(self._config.sleep_timeout, "bringing running requests to rest"):
+                await self._engine.pause()
 
     @contextlib.contextmanager
     def _breaking(self, doing: str) -> Iterator[None]:

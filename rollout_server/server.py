@@ -7,7 +7,6 @@ import html
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from rollout_server.engine.engine import Engine, kill_trees
 from rollout_server.engine.folder import write_model_folder
 from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.sampling import sampling_params
+from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import (
     NotAvailableError,
     PromptTooLongError,
@@ -59,7 +59,7 @@ class RolloutServer:
         progress = Progress(config.progress)
 
         tensors = policy_tensors(policy.model())  # first, since it is where a policy is refused
-        with progress.step("importing vLLM"), _quiet_vllm():
+        with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
         self._sock = listen(config.host, config.port)
@@ -130,6 +130,10 @@ class RolloutServer:
             "kv_cache": 0 if given_back else told["kv_cache_bytes"],
             "resident": self._engine.resident_bytes,
         }
+
+    def take_kv_cache_peak(self) -> float:
+        """The highest share (0 to 1) of the KV cache in use since this was last called."""
+        return self._engine.kv_cache_peak.take()
 
     # -- weights, sleep, wake -----------------------------------------------------------------
 
@@ -363,18 +367,3 @@ class RolloutServer:
     def _names(self) -> list[str]:
         names = [self._config.served_model_name, self._policy.base_name]
         return list(dict.fromkeys(name for name in names if name))
-
-
-@contextlib.contextmanager
-def _quiet_vllm():
-    """vLLM says much while it is imported; unless asked to, it doesn't on the trainer's screen."""
-    first = "vllm" not in sys.modules and "VLLM_LOGGING_LEVEL" not in os.environ
-    if first:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    try:
-        yield
-    finally:
-        if first:
-            os.environ.pop("VLLM_LOGGING_LEVEL", None)
-
-

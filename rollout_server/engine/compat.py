@@ -4,6 +4,7 @@ Importing this module doesn't import vLLM; its functions do.
 """
 
 import argparse
+import importlib
 import importlib.util
 from typing import Any
 
@@ -31,29 +32,55 @@ def require_vllm() -> str:
     return version
 
 
+_ENTRY = "vllm.entrypoints."
+_BEFORE_029 = _ENTRY + "openai.api_server"
+
+
+def _first(name: str, *modules: str) -> Any:
+    """The attribute `name` of the first of `modules` that this vLLM has and that has it."""
+    for module in modules:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and (module == error.name or module.startswith(error.name + ".")):
+                continue  # this vLLM has no such module
+            raise
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise ImportError(f"this vLLM has no {name}")
+
+
 def frontend_arguments() -> argparse.Namespace:
     """vLLM's command-line defaults, which its HTTP app is built from."""
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # before 0.30
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    make_arg_parser = _first(
+        "make_arg_parser",
+        _ENTRY + "common.cli_args",  # 0.33
+        _ENTRY + "launchers.cli_args",  # 0.29
+        _ENTRY + "openai.cli_args",
+    )
     return make_arg_parser(FlexibleArgumentParser()).parse_args([])
 
 
 def app_builders() -> tuple[Any, Any]:
     """vLLM's `build_app` and `init_app_state`."""
-    try:
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-    except ImportError:  # before 0.30
-        from vllm.entrypoints.openai.api_server import build_app, init_app_state
-    return build_app, init_app_state
+    return (
+        _first("build_app", _ENTRY + "launchers.app", _BEFORE_029),
+        _first("init_app_state", _ENTRY + "launchers.api_server.app_state", _BEFORE_029),
+    )
+
+
+def request_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that it can't accept; since 0.29 not all are ValueErrors."""
+    import vllm.exceptions
+
+    client_error = getattr(vllm.exceptions, "VLLMClientError", ValueError)
+    return (ValueError, TypeError, vllm.exceptions.VLLMValidationError, client_error)
 
 
 async def set_weight_version(client: Any, version: int) -> None:
-    """Tell the engine the policy version, for the spans in its outputs (0.32 and later)."""
+    """Tell the engine the policy version, for the spans in its outputs (0.29 and later)."""
     if hasattr(client, "update_weight_version"):
         await client.update_weight_version(str(version))
 

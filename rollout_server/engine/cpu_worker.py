@@ -11,7 +11,6 @@ import ctypes
 import mmap
 
 import torch
-from vllm import _custom_ops
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -22,11 +21,12 @@ _MADV_DONTNEED = 4
 
 class CpuWorker(CPUWorker):
     def load_model(self, *args, **kwargs) -> None:
-        # Otherwise linear weights are repacked into opaque handles and the originals dropped,
-        # and new weights would have nowhere to go.
-        _custom_ops._supports_onednn = False
-        if hasattr(layer_utils, "check_cpu_sgl_kernel"):
-            layer_utils.check_cpu_sgl_kernel = lambda *_: False
+        # vLLM would repack linear weights for oneDNN, AMX or Zen and drop the originals, and new
+        # weights would have nowhere to go. It looks this function up at each use.
+        if layer_utils.dispatch_cpu_unquantized_gemm is not _plain_gemm:
+            global _repacking_gemm
+            _repacking_gemm = layer_utils.dispatch_cpu_unquantized_gemm
+            layer_utils.dispatch_cpu_unquantized_gemm = _plain_gemm
         super().load_model(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
@@ -46,6 +46,16 @@ class CpuWorker(CPUWorker):
         tensors = [*model.parameters(), *_flat(self.model_runner.kv_caches)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         return [s for at, s in storages.items() if at not in kept]
+
+
+_repacking_gemm = None
+
+
+def _plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+    if layer.weight.is_meta or layer.weight.ndim == 2:
+        layer.cpu_linear = torch.nn.functional.linear
+    else:  # convolutions
+        _repacking_gemm(layer, remove_weight)
 
 
 def _flat(caches) -> list[torch.Tensor]:

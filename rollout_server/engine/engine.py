@@ -3,12 +3,12 @@
 Every coroutine here runs on the server's loop, where the client was made.
 """
 
+import asyncio
 import contextlib
-import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ import psutil
 from rollout_server.engine import compat
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import engine_children
+from rollout_server.engine.stats import PeakUsage, stat_logger
 from rollout_server.errors import (
     ConfigError,
     EngineDeadError,
@@ -27,16 +28,17 @@ from rollout_server.errors import (
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LOG_LINES = 40
+_LIVENESS_PERIOD = 0.5
 
 
 class Engine:
     """A running engine. Made by `Engine.start`, ended by `close`."""
 
-    def __init__(self, client: Any, log: str):
+    def __init__(self, client: Any, log: str, peak: PeakUsage):
         self.client = client
+        self.kv_cache_peak = peak
         self.description: dict[str, Any] = {}
         self._log = log
-        _quiet()  # again: starting has configured the logger
         self._processes = [psutil.Process(p) for p in _core_pids(client)]
 
     @classmethod
@@ -53,6 +55,7 @@ class Engine:
         start. Blocks the loop, on which nothing else runs yet. Raises `UnsupportedModelError`,
         `ConfigError`, `OutOfMemoryError` or `EngineStartError`; no process is left behind then.
         """
+        peak = PeakUsage()
         with engine_children(log, variables, pids):
             try:
                 config = _vllm_config(arguments)
@@ -61,7 +64,8 @@ class Engine:
 
                 client = AsyncLLM.from_vllm_config(
                     config,
-                    usage_context=UsageContext.ENGINE_CONTEXT,
+                    usage_context=UsageContext.OPENAI_API_SERVER,
+                    stat_loggers=[stat_logger(peak)],
                     disable_log_stats=bool(arguments.get("disable_log_stats", False)),
                 )
             except (ConfigError, UnsupportedModelError):
@@ -69,7 +73,7 @@ class Engine:
             except Exception as error:
                 kill_trees(pids)
                 raise _start_error(error, log) from error
-        engine = cls(client, log)
+        engine = cls(client, log, peak)
         try:
             engine.description = (await engine._on_workers("rollout_describe"))[0]
         except BaseException:
@@ -114,38 +118,43 @@ class Engine:
         self, prompt: list[int], fields: Mapping[str, Any], request_id: str
     ) -> list[Any]:
         """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample."""
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         params = sampling_params(fields)
         params.output_kind = RequestOutputKind.FINAL_ONLY
         final = None
         try:
-            async for final in self.client.generate(
-                {"prompt_token_ids": prompt}, params, request_id
-            ):
+            async for final in self.client.generate(tokens_input(prompt), params, request_id):
                 pass
         except Exception:
             self.require_alive()
             raise
         return final.outputs
 
-    async def pause(self, drain: bool) -> None:
-        """Stop scheduling and forget all caches; running requests finish first, or are frozen."""
-        await self.client.pause_generation(mode="wait" if drain else "keep", clear_cache=True)
+    async def drain(self) -> None:
+        """Return when no request runs. Nothing new must be let in meanwhile."""
+        while self.client.output_processor.has_unfinished_requests():
+            self.require_alive()
+            await asyncio.sleep(0.01)
+
+    async def pause(self) -> None:
+        """Freeze running requests and forget all caches; what was computed for them as well."""
+        await self._alive(self.client.pause_generation(mode="keep", clear_cache=True))
 
     async def resume(self) -> None:
-        await self.client.resume_generation()
+        await self._alive(self.client.resume_generation())
 
     async def sleep(self) -> None:
-        """Release weights and KV cache (vLLM's level 2). The engine must be paused."""
-        await self.client.sleep(level=2, mode="keep")
+        """Release weights and KV cache (vLLM's level 2), freezing what runs."""
+        await self._alive(self.client.sleep(level=2, mode="keep"))
 
     async def wake_weights(self) -> None:
-        await self.client.wake_up(tags=["weights"])
+        await self._alive(self.client.wake_up(tags=["weights"]))
 
     async def wake_kv_cache(self) -> None:
         """Bring the KV cache back; scheduling resumes with it."""
-        await self.client.wake_up(tags=["kv_cache"])
+        await self._alive(self.client.wake_up(tags=["kv_cache"]))
 
     async def load_weights(self, message: bytes, verify: bool) -> dict[str, Any]:
         """Take the trainer's tensors; the first worker's report (see `WeightReceiver`)."""
@@ -158,11 +167,21 @@ class Engine:
         _require_same(await self._on_workers("rollout_verify", message))
 
     async def set_weight_version(self, version: int) -> None:
-        await compat.set_weight_version(self.client, version)
+        await self._alive(compat.set_weight_version(self.client, version))
 
     async def _on_workers(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        return await self._alive(self.client.collective_rpc(method, args=args))
+
+    async def _alive(self, call: Coroutine) -> Any:
+        """Await a call to the engine; `EngineDeadError` if it dies, which vLLM doesn't notice."""
         self.require_alive()
-        return await self.client.collective_rpc(method, args=args)
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LIVENESS_PERIOD))[0]:
+                self.require_alive()
+            return task.result()
+        finally:
+            task.cancel()
 
     def _tree(self) -> list[psutil.Process]:
         tree = []
@@ -192,12 +211,11 @@ def kill_trees(pids: list[int]) -> None:
 def _vllm_config(arguments: Mapping[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    _quiet()
     try:
         return AsyncEngineArgs(**arguments).create_engine_config()
     except TypeError as error:
         raise ConfigError(f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}") from error
-    except ValueError as error:  # pydantic's ValidationError is one
+    except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
         text = str(error)
         if "rchitecture" in text:
             raise UnsupportedModelError(
@@ -205,12 +223,6 @@ def _vllm_config(arguments: Mapping[str, Any]) -> Any:
                 "vLLM implements, or register yours with vllm.ModelRegistry"
             ) from error
         raise ConfigError(f"vLLM refuses the engine's options: {_first_lines(text)}") from error
-
-
-def _quiet() -> None:
-    """Keep vLLM's front end off the trainer's screen, unless its level was asked for."""
-    if "VLLM_LOGGING_LEVEL" not in os.environ:
-        logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def _start_error(error: Exception, log: str) -> Exception:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from rollout_server.engine.compat import request_errors
 from rollout_server.errors import SamplingError
 
 
@@ -19,5 +20,5 @@ def sampling_params(fields: Mapping[str, Any]) -> Any:
             raise SamplingError(f"sampling field {name!r} is unknown; {hint}")
     try:
         return SamplingParams(**fields)
-    except (ValueError, TypeError) as error:
+    except request_errors() as error:
         raise SamplingError(f"vLLM rejects the sampling fields {dict(fields)}: {error}") from error

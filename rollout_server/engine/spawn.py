@@ -33,6 +33,7 @@ _PROLOGUE = (
     "os.getppid() == {parent} or os._exit(1); "
     "log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600); "
     "os.dup2(log, 1); os.dup2(log, 2); os.close(log); "
+    "os.environ['VLLM_LOGGING_LEVEL'] = {level!r}; "
 )
 
 # `multiprocessing` and the environment belong to the whole process: one start at a time.
@@ -60,11 +61,12 @@ def engine_children(
         line = command_line(**kwargs)
         if threading.get_ident() == thread and "-c" in line:
             at = line.index("-c") + 1
-            line[at] = _PROLOGUE.format(parent=os.getpid(), log=log) + line[at]
+            line[at] = _PROLOGUE.format(parent=os.getpid(), log=log, level=level) + line[at]
         return line
 
     with _one_start:
         saved = dict(os.environ)
+        level = saved.get("VLLM_LOGGING_LEVEL", "INFO")
         for name in saved:
             if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
                 del os.environ[name]
@@ -72,13 +74,30 @@ def engine_children(
         popen_spawn_posix.Popen._launch = hidden_launch
         spawn.get_command_line = logged_command_line
         try:
-            yield
+            with quiet_front_end():
+                yield
         finally:
             popen_spawn_posix.Popen._launch = launch
             spawn.get_command_line = command_line
             for name in os.environ.keys() - saved.keys():
                 del os.environ[name]
             os.environ.update({n: v for n, v in saved.items() if os.environ.get(n) != v})
+
+
+@contextlib.contextmanager
+def quiet_front_end() -> Iterator[None]:
+    """vLLM configures its logging in here: keep it off the trainer's screen, unless asked for.
+
+    The engine's own processes say everything, to their log.
+    """
+    asked = "VLLM_LOGGING_LEVEL" in os.environ
+    if not asked:
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    try:
+        yield
+    finally:
+        if not asked:
+            os.environ.pop("VLLM_LOGGING_LEVEL", None)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from rollout_server.engine import compat
@@ -26,6 +27,8 @@ async def serving_app(
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
+    # vLLM's error handlers end this server when the engine dies; ours goes on, to say so.
+    app.state.server = SimpleNamespace(should_exit=False)
     if sampling.get("max_tokens") is not None:
         _default_max_tokens(app.state, sampling["max_tokens"])
     return app

@@ -1,0 +1,253 @@
+"""TRL's online trainers (GRPO, RLOO; TRL 1.0 and later) with their rollouts from the engine.
+
+TRL asks `trainer.vllm_generation` for its completions. An object of ours takes that place, so the
+trainer's own code for vLLM (when to sync, importance sampling, metrics) runs as it is. Nothing here
+calls a collective: ranks may generate unequally often.
+"""
+
+import functools
+import inspect
+import time
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rollout_server.attach import refuse_second, serve
+from rollout_server.config import RolloutConfig
+from rollout_server.errors import NotAvailableError, TrainerError
+from rollout_server.policy import Policy
+from rollout_server.server import RolloutServer
+from rollout_server.state import State
+
+
+def recognises(thing: Any) -> bool:
+    """Whether `thing` is a trainer of TRL, or of a class derived from one."""
+    return any(c.__module__.split(".")[0] == "trl" for c in type(thing).__mro__) and hasattr(
+        thing, "accelerator"
+    )
+
+
+def attach(trainer: Any, config: RolloutConfig) -> RolloutServer:
+    """Start a server for the trainer's policy and make it the source of its completions."""
+    refuse_second(trainer)
+    _check(trainer, config)
+    args = trainer.args
+    policy = Policy(
+        model=lambda: trainer.model,  # looked up each time: FSDP rebinds it
+        tokenizer=trainer.processing_class,
+        owner=trainer,
+        compute_dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        sampling=_sampling(trainer),
+        seed=args.seed + trainer.accelerator.process_index,
+    )
+    server = serve(policy, config)
+    _bind(trainer, server)
+    return server
+
+
+class EngineGeneration:
+    """Stands in for TRL's `VLLMGeneration`."""
+
+    def __init__(self, trainer: Any, server: RolloutServer):
+        self._trainer = trainer
+        self._server = server
+        self._fields = _generation_fields(trainer)
+        self.sampled: list[list[float]] = []
+
+    def sync_weights(self) -> None:
+        """Give the engine the policy's weights; wakes it."""
+        report = self._server.sync_weights()
+        self._log("seconds_sync", report.seconds - report.wake_seconds)
+        self._log("seconds_wake", report.wake_seconds)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: list | None = None,
+        num_generations: int = 1,
+        profiler: Any = None,
+    ) -> tuple[list, list, list, list]:
+        """One completion for each of `prompts`, in their order.
+
+        prompts: token ids; repeated already, so `num_generations` isn't needed here.
+
+        Returns (prompt_ids, completion_ids, logprobs, logprob_token_ids), each a list with an
+        entry per prompt; of the last two, each entry is a list per token with one value.
+        """
+        if images is not None and any(images):
+            raise NotAvailableError(
+                "the prompts hold images, which this version can't generate from; train on text"
+            )
+        if self._server.state is State.ASLEEP:  # asked again without a new optimizer step
+            self.sync_weights()
+        started = time.perf_counter()
+        with profiler or nullcontext():
+            completions = self._server.generate(prompts, self._fields)
+        seconds = time.perf_counter() - started
+        self._log("tokens_per_second", sum(len(c.ids) for c in completions) / seconds)
+        self._log("policy_version", self._server.policy_version)
+        self._log("kv_cache_usage", self._server.take_kv_cache_peak())
+        self.sampled = [c.logprobs for c in completions]
+        return (
+            [c.prompt_ids for c in completions],
+            [c.ids for c in completions],
+            [[[p] for p in c.logprobs] for c in completions],
+            [[[i] for i in c.ids] for c in completions],
+        )
+
+    def sleep(self) -> None:
+        """Give the engine's memory back to the trainer."""
+        if self._server.state is State.AWAKE:
+            started = time.perf_counter()
+            self._server.sleep()
+            if self._server.state is State.ASLEEP:
+                self._log("seconds_sleep", time.perf_counter() - started)
+
+    def log_difference(self, batch: dict[str, Any]) -> None:
+        """Log how far the engine's log-probabilities are from the trainer's, per token."""
+        difference = logp_difference(batch, self.sampled)
+        if difference is not None:
+            self._log("logp_difference", difference)
+
+    def _log(self, name: str, value: float) -> None:
+        mode = "train" if self._trainer.model.training else "eval"
+        self._trainer._metrics[mode][f"rollout/{name}"].append(value)
+
+
+def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float | None:
+    """Mean absolute difference, per token, of the trainer's log-probabilities from the sampled.
+
+    batch: what a trainer scored; GRPO has log-probabilities of shape (B, T), RLOO sums of
+    shape (B,), from which the difference of a sequence is spread over its tokens.
+    sampled: log-probabilities of one generation, B lists. None if the two don't fit together.
+    """
+    mask = batch.get("completion_mask")
+    if mask is None:
+        return None
+    mask = mask.detach().cpu().bool()
+    if "tool_mask" in batch and batch["tool_mask"] is not None:
+        mask &= batch["tool_mask"].detach().cpu().bool()
+    trained, by_trl = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
+    if trained is not None and by_trl is not None:
+        gap = (trained - by_trl).detach().float().cpu().abs()
+        gap = gap[mask & ~gap.isnan()]
+        return gap.mean().item() if gap.numel() else None
+    sums = batch.get("old_logps")
+    if sums is None or mask.sum(1).tolist() != [len(s) for s in sampled]:
+        return None
+    sampled_sums = torch.tensor([sum(s) for s in sampled])
+    gap = (sums.detach().float().cpu() - sampled_sums).abs() / mask.sum(1).clamp(min=1)
+    return gap.mean().item()
+
+
+class _WakeAtTheEnd(TrainerCallback):
+    """After training the endpoint serves the trained policy."""
+
+    def __init__(self, server: RolloutServer):
+        self._server = server
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._server.state in (State.AWAKE, State.ASLEEP):
+            self._server.sync_weights()
+
+
+def _bind(trainer: Any, server: RolloutServer) -> None:
+    generation = EngineGeneration(trainer, server)
+    trainer.vllm_generation = generation
+    trainer.use_vllm = True
+    trainer.vllm_mode = "server"  # the branch that assumes nothing of where vLLM is
+    trainer._last_loaded_step = -1
+    trainer.add_callback(_WakeAtTheEnd(server))
+
+    generate = trainer._generate
+    score = trainer._generate_and_score_completions
+
+    @functools.wraps(generate)
+    def generate_then_sleep(*args, **kwargs):
+        # Around the whole rollout: a tool loop calls `generate` many times.
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            generation.sleep()
+
+    @functools.wraps(score)
+    def score_and_compare(*args, **kwargs):
+        batch = score(*args, **kwargs)
+        generation.log_difference(batch)
+        return batch
+
+    trainer._generate = generate_then_sleep
+    trainer._generate_and_score_completions = score_and_compare
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    fields = {
+        "temperature": trainer.temperature,
+        "top_p": trainer.top_p,
+        "top_k": trainer.top_k or 0,
+        "min_p": trainer.min_p or 0.0,
+        "repetition_penalty": trainer.repetition_penalty,
+        "max_tokens": trainer.max_completion_length,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _generation_fields(trainer: Any) -> dict[str, Any]:
+    """The fields of the trainer's own rollouts, over the server's defaults."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    fields = _sampling(trainer) | dict(trainer.args.generation_kwargs or {})
+    regex = getattr(trainer.args, "vllm_structured_outputs_regex", None)
+    if regex is not None:
+        fields["structured_outputs"] = StructuredOutputsParams(regex=regex)
+    elif isinstance(fields.get("structured_outputs"), dict):
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    return fields
+
+
+def _check(trainer: Any, config: RolloutConfig) -> None:
+    kind = type(trainer).__name__
+    if not hasattr(trainer, "_generate_single_turn") or not hasattr(trainer, "use_vllm"):
+        raise TrainerError(
+            f"{kind} doesn't generate while it trains; attach a GRPOTrainer or RLOOTrainer"
+        )
+    if trainer.use_vllm:
+        raise TrainerError(
+            f"the {kind} was made with use_vllm=True and has an engine already; set "
+            "use_vllm=False in its config: attach() gives it one"
+        )
+    for name in ("use_transformers_continuous_batching", "use_transformers_paged"):
+        if getattr(trainer, name, None) or getattr(trainer.args, name, None):
+            raise TrainerError(
+                f"{name}=True in the {kind}'s config asks for another generator; set it to False"
+            )
+    for method in ("_generate", "_generate_and_score_completions"):
+        if not inspect.ismethod(getattr(trainer, method, None)):
+            raise TrainerError(f"{kind} has no {method}(); TRL 1.0 or later is needed")
+    if getattr(trainer, "vllm_importance_sampling_correction", False):
+        _check_importance_sampling(trainer, config)
+
+
+def _check_importance_sampling(trainer: Any, config: RolloutConfig) -> None:
+    """What TRL's constructor checks where it is told that it has vLLM."""
+    mode = trainer.vllm_importance_sampling_mode
+    allowed = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    if mode not in allowed:
+        raise TrainerError(
+            f"vllm_importance_sampling_mode={mode!r}: give one of {', '.join(map(repr, allowed))}"
+        )
+    if getattr(trainer, "loss_type", None) == "vespo" and not mode.startswith("token_"):
+        raise TrainerError(
+            f"vllm_importance_sampling_mode={mode!r}: loss_type='vespo' needs 'token_truncate' or "
+            "'token_mask'"
+        )
+    reported = config.engine_args.get("logprobs_mode", "processed_logprobs")
+    if reported != "processed_logprobs":
+        warnings.warn(
+            f"engine_args sets logprobs_mode={reported!r}, which biases the importance sampling "
+            "correction; leave it out, or set vllm_importance_sampling_correction=False",
+            stacklevel=3,
+        )
