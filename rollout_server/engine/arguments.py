@@ -16,7 +16,6 @@ CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
 _TOOL_FORMS = (
     (r"<\|tool_calls_section_begin\|>", "kimi_k2"),
     (r"<function=", "qwen3_coder"),
-    (r"<tool_call>", "hermes"),
     (r"\[TOOL_CALLS\]", "mistral"),
     (r"<\|python_tag\|>", "llama3_json"),
 )
@@ -85,13 +84,17 @@ def engine_variables(on_cpu: bool, device: int | None) -> dict[str, str]:
 
 
 def tool_parser(config: RolloutConfig, chat_template: Any) -> str | None:
-    """The name of vLLM's tool-call parser, told from the chat template where it is "auto"."""
+    """The name of vLLM's tool-call parser, told from the chat template where it is "auto".
+
+    Hermes's form, `<tool_call>{...}</tool_call>`, where the template tells nothing: vLLM needs some
+    parser even for a tool call that the request forces.
+    """
     if config.tool_call_parser != "auto":
         return config.tool_call_parser
     for form, parser in _TOOL_FORMS:
         if isinstance(chat_template, str) and re.search(form, chat_template):
             return parser
-    return None
+    return "hermes"
 
 
 def _cpu_kv_cache(config: RolloutConfig) -> int:

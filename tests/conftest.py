@@ -1,0 +1,104 @@
+"""Shared models and engines: an engine costs 20 to 50 s on two cores, so most tests share one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import pytest
+import torch
+from smollm2 import model_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from rollout_server import attach
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """A folder with SmolLM2-135M-Instruct."""
+    return str(model_folder())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    """SmolLM2's, for the tiny models too: a real vocabulary and a real chat template."""
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tokenizer, tmp_path_factory):
+    """A folder with a random two-layer Qwen2, embeddings tied."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    """A fresh tiny model."""
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def shared_model(tiny_folder):
+    """The policy of `shared_server`; tests that change it leave it changed."""
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def shared_server(shared_model, tokenizer):
+    """One engine for the tests that need nothing special of theirs; use `server`."""
+    with attach(
+        shared_model, tokenizer, kv_cache_memory_bytes=256 * MIB, hold_timeout=30, progress=False
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server):
+    """The shared server, awake and holding the policy's weights before and after the test."""
+    shared_server.wake()
+    yield shared_server
+    if shared_server.state in ("awake", "asleep"):
+        shared_server.sync_weights()
+
+
+def greedy(server, prompt_ids, tokens=12):
+    """Greedy completion of token ids, its log-probabilities included."""
+    (completion,) = server.generate(
+        prompt_ids, {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
+    )
+    return completion
+
+
+def trainer_logprobs(model, prompt_ids, ids):
+    """The model's own log-softmax at each position of `ids` after `prompt_ids`: (T, vocabulary)."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(prompt_ids) + list(ids)])).logits[0].float()
+    return logits.log_softmax(-1)[len(prompt_ids) - 1 : -1]
+
+
+def large_step(model, prompt_ids, seed):
+    """One optimizer step with a large learning rate, on random targets."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = torch.randint(0, model.config.vocab_size, (2, 32))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,257 @@
+"""Start and end: from scripts, twice in a row, and when it goes wrong. Each starts an engine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import MIB, greedy, trainer_logprobs
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rollout_server.engine.compat as compat
+from rollout_server import attach
+from rollout_server.errors import (
+    AlreadyAttachedError,
+    ConfigError,
+    EngineMissingError,
+    EngineStartError,
+    OutOfMemoryError,
+    PortInUseError,
+    StateError,
+    UnsupportedModelError,
+)
+
+QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}
+
+
+def leftovers():
+    """Engine processes and temporary folders of this process."""
+    children = psutil.Process().children(recursive=True)
+    engines = [p.pid for p in children if "spawn_main" in " ".join(p.cmdline())
+               or "EngineCore" in p.name()]  # fmt: skip
+    folders = [p.name for p in Path(tempfile.gettempdir()).glob("rollout_server-*")]
+    return engines, folders
+
+
+@pytest.fixture
+def nothing_left():
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + 5
+    while leftovers() != before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert leftovers() == before
+
+
+# -- refused before anything starts -----------------------------------------------------------
+
+
+def test_no_vllm(monkeypatch, tiny, tokenizer, nothing_left):
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineMissingError, match=r"rollout_server\[cuda\]"):
+        attach(tiny, tokenizer, **QUICK)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0"])
+def test_a_vllm_out_of_range(monkeypatch, tiny, tokenizer, nothing_left, version):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(EngineMissingError, match=rf"{version}.*0\.26 to 0\.33"):
+        attach(tiny, tokenizer, **QUICK)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.33.0", "0.33.1+cpu", "0.32.0.post1"])
+def test_a_vllm_in_range(monkeypatch, version):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    assert compat.require_vllm() == version
+
+
+def test_a_port_in_use(tiny, tokenizer, nothing_left):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUseError, match=f"port={port}"):
+            attach(tiny, tokenizer, port=port, **QUICK)
+    with pytest.raises(ConfigError, match="host='no.such.host.invalid'"):
+        attach(tiny, tokenizer, host="no.such.host.invalid", **QUICK)
+
+
+def test_more_kv_cache_than_memory(tiny, tokenizer, nothing_left):
+    with pytest.raises(OutOfMemoryError, match=f"kv_cache_memory_bytes={1 << 50}"):
+        attach(tiny, tokenizer, kv_cache_memory_bytes=1 << 50)
+
+
+def test_an_architecture_that_vllm_lacks(tokenizer, nothing_left):
+    class UnheardOf(LlamaForCausalLM):
+        pass
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, architectures=["UnheardOf"],
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="UnheardOf"):
+        attach(UnheardOf(config), tokenizer, **QUICK)
+
+
+def test_engine_options_that_vllm_refuses(tiny, tokenizer, nothing_left):
+    with pytest.raises(ConfigError, match="no_such_field"):
+        attach(tiny, tokenizer, engine_args={"no_such_field": 1}, **QUICK)
+
+
+# -- engines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_start_says_why(tiny, tokenizer, nothing_left):
+    """A KV cache too small for one sequence is found out in the engine's own process."""
+    with pytest.raises((EngineStartError, OutOfMemoryError)) as error:
+        attach(tiny, tokenizer, kv_cache_memory_bytes=1024, max_model_len=1024, progress=False)
+    assert "KV cache" in str(error.value)
+    assert "The end of its log:" in str(error.value)
+
+
+@pytest.mark.slow
+def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, capfd):
+    with attach(tiny, tokenizer, kv_cache_memory_bytes=32 * MIB) as server:
+        shown = capfd.readouterr().err
+        for step in ("importing vLLM", "starting the engine", "taking the policy's weights"):
+            assert f"{step}" in shown and " s\n" in shown
+        with pytest.raises(AlreadyAttachedError, match=server.base_url):
+            attach(tiny, tokenizer, **QUICK)
+        first = greedy(server, [5, 6, 7])
+        port = int(server.base_url.split(":")[2].split("/")[0])
+    server.close()  # may be called again
+    assert server.state == "closed" and "closed" in repr(server)
+    for call in (server.sync_weights, server.sleep, server.wake, server.openai):
+        with pytest.raises(StateError, match="closed"):
+            call()
+    with pytest.raises(StateError, match="closed"):
+        server.generate("x")
+
+    # Again, the weights untied and in memory only, an fp32 policy with a bf16 engine, the same
+    # port, a key and a name of the user's.
+    untied = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    with attach(
+        untied, tokenizer, dtype="bfloat16", port=port, api_key="mine", in_flight="drain",
+        served_model_name="me", sampling={"temperature": 0.0, "max_tokens": 3}, verify_every=1,
+        **QUICK,
+    ) as server:  # fmt: skip
+        assert f":{port}/" in server.base_url and server.api_key == "mine"
+        report = server.sync_weights()
+        assert report.verified
+        assert report.bytes == sum(p.numel() * 4 for p in untied.parameters())
+        answer = greedy(server, [5, 6, 7], tokens=6)
+        own = trainer_logprobs(untied, [5, 6, 7], answer.ids)
+        assert torch.allclose(
+            torch.tensor(answer.logprobs), own[range(6), answer.ids], atol=0.15
+        )
+        assert answer.ids != first.ids
+        chats = [
+            server.openai().chat.completions.create(
+                model="me", messages=[{"role": "user", "content": "Hi"}]
+            )
+            for _ in range(2)
+        ]
+        # The server's sampling fields hold where a request gives none.
+        assert len({c.choices[0].message.content for c in chats}) == 1
+        assert {c.usage.completion_tokens for c in chats} == {3}
+        longer = server.openai().chat.completions.create(
+            model="me", messages=[{"role": "user", "content": "Hi"}], max_tokens=7,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert longer.usage.completion_tokens == 7
+        server.sleep()
+        server.wake()
+
+
+SCRIPT = """
+    import os, sys, time
+    print("begins", flush=True)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from rollout_server import attach
+
+    model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained({folder!r})
+    server = attach(model, tokenizer, kv_cache_memory_bytes=32 << 20)
+    print("engine", server.engine_pid, flush=True)
+    print("tokens", len(server.generate("Hello", {{"max_tokens": 4, "ignore_eos": True}})[0].ids))
+    {end}
+"""
+
+
+def script(folder, end):
+    return textwrap.dedent(SCRIPT).format(folder=folder, end=end)
+
+
+def gone(pid):
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not psutil.pid_exists(pid)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard(tiny_folder, tmp_path, nothing_left):
+    """The engine doesn't run the script again, and ends with it, even if it is never closed."""
+    path = tmp_path / "train.py"
+    path.write_text(script(tiny_folder, "raise KeyError('the script fails here')"))
+    # As under accelerate launch, whose variables the engine must not take for its own.
+    env = os.environ | {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=200, env=env
+    )
+    assert run.stdout.count("begins") == 1, run.stdout
+    assert "tokens 4" in run.stdout, run.stderr
+    assert "the script fails here" in run.stderr
+    assert gone(int(run.stdout.split("engine ")[1].split()[0]))
+
+
+@pytest.mark.slow
+def test_from_standard_input_and_killed(tiny_folder):
+    """`python -`; and SIGKILL of the trainer ends the engine."""
+    process = subprocess.Popen(
+        [sys.executable, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    process.stdin.write(script(tiny_folder, "time.sleep(600)"))
+    process.stdin.close()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("tokens"):
+            break
+    assert lines[0] == "begins\n" and lines[-1] == "tokens 4\n", lines
+    engine = int(lines[1].split()[1])
+    assert psutil.pid_exists(engine)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    assert gone(engine)
+    # What SIGKILL leaves of the temporary folder is removed here, by its own test only.
+    for folder in Path(tempfile.gettempdir()).glob("rollout_server-*"):
+        if not any(p.open_files() for p in psutil.Process().children(recursive=True)):
+            import shutil
+
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""What `attach` says of bad options, before anything is started."""
+
+import pytest
+
+from rollout_server import RolloutConfig, attach
+from rollout_server.errors import ConfigError, NotAvailableError
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"hold_timout": 3}, ["hold_timout", "hold_timeout"]),
+        ({"completely_else": 3}, ["completely_else", "host"]),
+        ({"port": 70000}, ["port=70000", "65535"]),
+        ({"port": "80"}, ["port='80'"]),
+        ({"colocate": "sleeep"}, ["colocate='sleeep'", "'sleep'"]),
+        ({"dtype": "fp8"}, ["dtype='fp8'", "bfloat16"]),
+        ({"hold_timeout": -1}, ["hold_timeout=-1", "seconds"]),
+        ({"hold_timeout": float("nan")}, ["hold_timeout=nan"]),
+        ({"sync_timeout": True}, ["sync_timeout=True"]),
+        ({"gpu_memory_utilization": 1.5}, ["gpu_memory_utilization=1.5"]),
+        ({"kv_cache_memory_bytes": 0}, ["kv_cache_memory_bytes=0"]),
+        ({"max_model_len": 2.5}, ["max_model_len=2.5"]),
+        ({"engine_args": []}, ["engine_args=[]", "dict"]),
+        ({"sampling": "hot"}, ["sampling='hot'"]),
+        ({"progress": 1}, ["progress=1"]),
+        ({"served_model_name": " "}, ["served_model_name"]),
+        ({"in_flight": "abort"}, ["in_flight='abort'", "interrupt", "drain"]),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_the_remedy(options, parts):
+    with pytest.raises(ConfigError) as error:
+        RolloutConfig.of(options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"colocate": "share"}, {"offload_optimizer": True}, {"max_restarts": 2}]
+)
+def test_what_is_not_there_yet_says_so(options):
+    with pytest.raises(NotAvailableError) as error:
+        RolloutConfig.of(options)
+    assert next(iter(options)) in str(error.value)
+
+
+def test_a_key_is_never_shown():
+    config = RolloutConfig(api_key="secret-of-mine")
+    assert "secret-of-mine" not in repr(config)
+    with pytest.raises(ConfigError) as error:
+        RolloutConfig(api_key="two words")
+    assert "two words" not in str(error.value)
+
+
+def test_every_option_is_documented():
+    for name in RolloutConfig.__dataclass_fields__:
+        assert f"{name}" in RolloutConfig.__doc__, name
+
+
+def test_attach_refuses_what_is_neither_trainer_nor_model():
+    with pytest.raises(ConfigError, match="GRPOTrainer"):
+        attach(object())
+    with pytest.raises(ConfigError, match="progres"):
+        attach(object(), object(), progres=False)

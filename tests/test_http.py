@@ -1,0 +1,292 @@
+"""Real clients against the endpoint."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import anthropic
+import httpx
+import openai
+import pytest
+from conftest import trainer_logprobs
+
+pytestmark = pytest.mark.slow
+
+MESSAGES = [{"role": "user", "content": "What is two plus two?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture
+def client(server):
+    return server.openai()
+
+
+def post(server, path, **request):
+    request.setdefault("headers", {})
+    headers = {"authorization": f"Bearer {server.api_key}"} | request.pop("headers")
+    root = server.base_url.removesuffix("/v1")
+    return httpx.post(root + path, headers=headers, timeout=60, **request)
+
+
+def get(server, path):
+    root = server.base_url.removesuffix("/v1")
+    return httpx.get(root + path, headers={"authorization": f"Bearer {server.api_key}"})
+
+
+# -- the openai client ------------------------------------------------------------------------
+
+
+def test_chat(client, server, tokenizer):
+    answer = client.chat.completions.create(model="policy", messages=MESSAGES, max_tokens=6)
+    assert answer.policy_version == server.policy_version
+    assert answer.choices[0].message.role == "assistant"
+    rendered = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert answer.usage.prompt_tokens == len(rendered)
+    assert answer.usage.completion_tokens <= 6
+
+
+def test_chat_with_n_and_logprobs(client, shared_model, tokenizer):
+    answer = client.chat.completions.create(
+        model="policy", messages=MESSAGES, n=4, max_tokens=5, logprobs=True, top_logprobs=3,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )  # fmt: skip
+    assert [c.index for c in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices:
+        ids = choice.token_ids
+        own = trainer_logprobs(shared_model, answer.prompt_token_ids, ids)
+        for position, token in enumerate(choice.logprobs.content):
+            assert token.logprob == pytest.approx(own[position, ids[position]].item(), abs=1e-3)
+            assert len(token.top_logprobs) == 3
+    assert len({tuple(c.token_ids) for c in answer.choices}) > 1
+
+
+def test_chat_streams(client, server):
+    request = dict(model="policy", messages=MESSAGES, max_tokens=8, temperature=0)
+    whole = client.chat.completions.create(**request)
+    stream = client.chat.completions.create(
+        **request, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert {c.policy_version for c in chunks} == {server.policy_version}
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+async def test_the_async_client(server):
+    client = server.async_openai()
+    request = dict(model="policy", messages=MESSAGES, max_tokens=4, temperature=0)
+    answers = await asyncio.gather(*[client.chat.completions.create(**request) for _ in range(8)])
+    assert len({a.choices[0].message.content for a in answers}) == 1
+    stream = await client.chat.completions.create(**request, stream=True)
+    text = "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+    assert text == answers[0].choices[0].message.content
+
+
+def test_a_forced_tool_call(client):
+    answer = client.chat.completions.create(
+        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100,
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )  # fmt: skip
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    streamed = client.chat.completions.create(
+        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100, stream=True,
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )  # fmt: skip
+    parts = [c.choices[0].delta.tool_calls for c in streamed if c.choices]
+    arguments = "".join(p[0].function.arguments or "" for p in parts if p)
+    assert json.loads(arguments)["city"] in ("Oslo", "Rome")
+
+
+def test_completions(client, server, shared_model):
+    answer = client.completions.create(
+        model="policy", prompt=[5, 6, 7], max_tokens=6, logprobs=1, temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )  # fmt: skip
+    choice = answer.choices[0]
+    own = trainer_logprobs(shared_model, [5, 6, 7], choice.token_ids)
+    expected = own[range(6), choice.token_ids].tolist()
+    assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-3)
+    text = client.completions.create(model="policy", prompt=["one", "two"], max_tokens=2)
+    assert len(text.choices) == 2 and text.policy_version == server.policy_version
+
+
+def test_responses(client, server):
+    answer = client.responses.create(model="policy", input="Say hello.", max_output_tokens=8)
+    assert answer.policy_version == server.policy_version
+    assert answer.output_text is not None
+    events = list(
+        client.responses.create(
+            model="policy", input="Say hello.", max_output_tokens=8, stream=True
+        )
+    )
+    assert events[0].type == "response.created"
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    assert events[-1].policy_version == server.policy_version
+
+
+def test_models(client, server, tiny_folder):
+    names = [m.id for m in client.models.list()]
+    assert names == ["policy", tiny_folder]
+    answer = client.completions.create(model=tiny_folder, prompt=[5], max_tokens=1)
+    assert answer.choices
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.completions.create(model="other", prompt=[5], max_tokens=1)
+
+
+# -- the anthropic client ---------------------------------------------------------------------
+
+
+def test_anthropic(server, tokenizer):
+    root = server.base_url.removesuffix("/v1")
+    client = anthropic.Anthropic(base_url=root, api_key=server.api_key)
+    answer = client.messages.create(model="policy", messages=MESSAGES, max_tokens=6)
+    assert answer.policy_version == server.policy_version
+    assert answer.role == "assistant" and answer.usage.output_tokens <= 6
+    counted = client.messages.count_tokens(model="policy", messages=MESSAGES)
+    assert counted.input_tokens == answer.usage.input_tokens
+    with client.messages.stream(model="policy", messages=MESSAGES, max_tokens=6) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == "".join(block.text for block in final.content)
+    with pytest.raises(anthropic.AuthenticationError):
+        anthropic.Anthropic(base_url=root, api_key="wrong").messages.create(
+            model="policy", messages=MESSAGES, max_tokens=6
+        )
+
+
+# -- the other routes -------------------------------------------------------------------------
+
+
+def test_tokenize_and_back(server, tokenizer):
+    told = post(server, "/tokenize", json={"model": "policy", "messages": MESSAGES}).json()
+    rendered = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert told["tokens"] == rendered
+    text = post(server, "/detokenize", json={"model": "policy", "tokens": rendered}).json()
+    assert text["prompt"] == tokenizer.decode(rendered)
+
+
+def test_health_and_metrics(server):
+    root = server.base_url.removesuffix("/v1")
+    assert httpx.get(root + "/health").status_code == 200
+    assert httpx.get(root + "/metrics").status_code == 401
+    assert "vllm:" in get(server, "/metrics").text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/sleep", "/wake_up", "/pause", "/resume", "/collective_rpc", "/update_weights",
+        "/init_weight_transfer_engine", "/reset_prefix_cache", "/scale_elastic_ep", "/invocations",
+        "/v1/load_lora_adapter", "/inference/v1/generate", "/abort_requests", "/start_profile",
+        "/v1/chat/completions/batch", "//sleep", "/v1/../sleep",
+    ],
+)  # fmt: skip
+def test_there_is_no_control_route(server, path):
+    assert post(server, path, json={}).status_code == 404
+    assert server.state == "awake"
+
+
+# -- sampling defaults ------------------------------------------------------------------------
+
+
+def test_the_greedy_default_of_a_checkpoint_is_not_taken(client):
+    """Fields left out are the server's: here temperature 1, so samples differ."""
+    answer = client.completions.create(model="policy", prompt=[5, 6], n=8, max_tokens=8)
+    assert len({c.text for c in answer.choices}) > 1
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "status", "part"),
+    [
+        ("/v1/chat/completions", {"content": "no json"}, 400, "JSON"),
+        ("/v1/chat/completions", {"content": '{"model": "policy"'}, 400, "JSON"),
+        ("/v1/chat/completions", {"json": {"model": "policy"}}, 400, "messages"),
+        ("/v1/completions", {"json": {"model": "policy", "prompt": [5] * 2000}}, 400,
+         "maximum context length"),
+        ("/v1/chat/completions",
+         {"json": {"model": "policy", "messages": [{"role": "user", "content": "a " * 3000}]}},
+         400, "maximum context length"),
+        ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "temperature": -1}}, 400,
+         "temperature"),
+        ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "top_p": 7}}, 400, "top_p"),
+        ("/v1/completions", {"json": {"model": "policy", "prompt": [10**9]}}, 400, ""),
+        ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "logprobs": 500}}, 400,
+         "logprobs"),
+        ("/v1/messages", {"json": {"model": "policy"}}, 400, "messages"),
+        ("/v1/responses", {"json": {"model": "policy"}}, 400, "input"),
+        ("/tokenize", {"json": {"model": "policy"}}, 400, ""),
+        ("/detokenize", {"json": {"model": "policy", "tokens": [-1]}}, 400, ""),
+    ],
+)  # fmt: skip
+def test_bad_requests_get_400(server, path, request_, status, part):
+    headers = {"content-type": "application/json"}
+    answer = post(server, path, headers=headers, **request_)
+    assert answer.status_code == status, answer.text
+    assert part in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_a_wrong_key(server):
+    client = openai.OpenAI(base_url=server.base_url, api_key="wrong")
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+# -- many clients -----------------------------------------------------------------------------
+
+
+def test_clients_wait_through_syncs_and_sleeps(server):
+    """64 requests while the weights move six times: each is answered, by a known version."""
+    client, first = server.openai(max_retries=0), server.policy_version
+
+    def ask(i):
+        return client.completions.create(
+            model="policy", prompt=[5 + i], max_tokens=12, extra_body={"ignore_eos": True}
+        )
+
+    with ThreadPoolExecutor(64) as pool:
+        answers = pool.map(ask, range(64))
+        for _ in range(3):
+            server.sync_weights()
+            server.sleep()
+            server.wake()
+        answers = list(answers)
+    assert {a.usage.completion_tokens for a in answers} == {12}
+    assert {a.choices[0].finish_reason for a in answers} == {"length"}
+    assert all(first <= a.policy_version <= server.policy_version for a in answers)
+
+
+def test_a_client_that_goes_away_frees_its_generation(server):
+    long = {"model": "policy", "prompt": [5], "max_tokens": 1000, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        root = server.base_url
+        httpx.post(root + "/completions", json=long, timeout=0.3,
+                   headers={"authorization": f"Bearer {server.api_key}"})  # fmt: skip
+    for _ in range(50):
+        running = [line for line in get(server, "/metrics").text.splitlines()
+                   if line.startswith("vllm:num_requests_running")]  # fmt: skip
+        if running and all(line.endswith(" 0.0") for line in running):
+            return
+        import time
+
+        time.sleep(0.1)
+    raise AssertionError(running)

@@ -1,0 +1,238 @@
+"""The handle, over one shared engine: generation, weights, sleep."""
+
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import MIB, greedy, large_step, trainer_logprobs
+
+from rollout_server.errors import (
+    NotAvailableError,
+    PromptTooLongError,
+    SamplingError,
+    StateError,
+    WeightSyncError,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def in_thread(work):
+    """Run `work` in a thread; gives (thread, list that will hold its result)."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def test_generate_takes_text_ids_and_messages(server, tokenizer):
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer("Hello")["input_ids"]
+    sampling = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    text, numbers = server.generate(["Hello", ids], sampling)
+    assert text.ids == numbers.ids
+    assert text.logprobs == pytest.approx(numbers.logprobs, abs=1e-4)
+    assert (text.prompt_ids, len(text.ids), len(text.logprobs)) == (ids, 4, 4)
+    assert text.text == tokenizer.decode(text.ids, skip_special_tokens=True)
+    (one,) = server.generate("Hello", sampling)
+    assert one.ids == text.ids
+    (chat,) = server.generate(messages, sampling)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert chat.prompt_ids == rendered["input_ids"]
+
+
+def test_generate_keeps_the_order_and_gives_n_for_each_prompt(server):
+    prompts = [[5 + i, 6, 7] for i in range(8)]
+    completions = server.generate(prompts, {"n": 3, "max_tokens": 5, "ignore_eos": True})
+    assert [c.prompt_ids for c in completions] == [p for p in prompts for _ in range(3)]
+    assert {len(c.ids) for c in completions} == {5}
+    assert len({tuple(c.ids) for c in completions}) > 8, "samples of a prompt are all the same"
+
+
+def test_sampled_logprobs_are_those_of_the_sampled_distribution(server, shared_model):
+    prompt = [11, 12, 13]
+    (completion,) = server.generate(
+        prompt, {"temperature": 0.7, "max_tokens": 16, "ignore_eos": True}
+    )
+    with torch.no_grad():
+        logits = shared_model(torch.tensor([prompt + completion.ids])).logits[0, 2:-1].float()
+    expected = (logits / 0.7).log_softmax(-1)[range(16), completion.ids]
+    assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "parts"),
+    [
+        ({"temprature": 1.0}, ["temprature", "temperature"]),
+        ({"temperature": -1.0}, ["temperature", "-1.0"]),
+        ({"top_p": 7.0}, ["top_p", "7.0"]),
+        ({"max_tokens": 0}, ["max_tokens", "0"]),
+    ],
+)
+def test_bad_sampling_fields_are_named(server, sampling, parts):
+    with pytest.raises(SamplingError) as error:
+        server.generate("Hello", sampling)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_bad_prompts_are_named(server):
+    with pytest.raises(PromptTooLongError, match="maximum context length is 1024"):
+        server.generate([[5] * 1024])
+    with pytest.raises(SamplingError, match=r"prompts\[1\] is empty"):
+        server.generate([[5], []])
+    with pytest.raises(SamplingError, match=r"prompts\[0\]"):
+        server.generate([[5.0, "x"]])
+
+
+def test_each_optimizer_step_reaches_the_engine(server, shared_model):
+    """After each of 5 large steps the engine agrees with the trainer's own model."""
+    prompt, previous = [21, 22, 23, 24], None
+    client = server.openai()
+    for seed in range(5):
+        large_step(shared_model, prompt, seed)
+        report = server.sync_weights()
+        assert report.version == server.policy_version
+        answer = client.completions.create(
+            model="policy", prompt=prompt, max_tokens=12, temperature=0, logprobs=2,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+        assert answer.policy_version == report.version
+        choice = answer.choices[0]
+        ids, logprobs = choice.token_ids, torch.tensor(choice.logprobs.token_logprobs)
+        own = trainer_logprobs(shared_model, prompt, ids)
+        assert torch.allclose(logprobs, own[range(12), ids], atol=1e-3)
+        best, second = own.topk(2).values.T
+        clear = best - second > 1e-3
+        assert clear.any()
+        assert (own.argmax(-1) == torch.tensor(ids))[clear].all()
+        assert ids != previous or not torch.allclose(logprobs, last)
+        previous, last = ids, logprobs
+
+
+def test_verify_names_the_tensor_that_differs(server, shared_model):
+    server.verify_weights()
+    weight = shared_model.model.layers[1].self_attn.k_proj.weight
+    with torch.no_grad():
+        weight[3, 4] += 1
+    with pytest.raises(WeightSyncError, match=r"layers\.1\.self_attn\.k_proj\.weight"):
+        server.verify_weights()
+    server.sync_weights()
+    server.verify_weights()
+
+
+def test_a_parameter_whose_memory_moved_is_found_again(server, shared_model):
+    weight = shared_model.model.layers[0].mlp.up_proj.weight
+    weight.data = torch.randn_like(weight) * 0.1
+    server.sync_weights()
+    server.verify_weights()
+    assert greedy(server, [31, 32]).ids == greedy(server, [31, 32]).ids
+
+
+def test_sleep_returns_the_memory_and_twenty_cycles_leave_none_behind(server):
+    process = psutil.Process(server.engine_pid)
+    held = server.memory()
+    server.sleep()
+    server.wake()
+    greedy(server, [41, 42])
+    # Touch the whole KV cache once, as an engine under load has.
+    server.generate([[i % 1000 + 5] * 900 for i in range(256 * MIB // (900 * 1024))],
+                    {"max_tokens": 1})  # fmt: skip
+    awake = process.memory_info().rss
+    server.sleep()
+    asleep = process.memory_info().rss
+    assert server.memory()["weights"] == server.memory()["kv_cache"] == 0
+    used = server_kv_bytes_used = awake - asleep
+    assert used >= 0.5 * held["kv_cache"], server_kv_bytes_used
+    marks = []
+    for _ in range(20):
+        server.wake()
+        greedy(server, [41, 42])
+        server.sleep()
+        marks.append(process.memory_info().rss)
+    assert max(marks) <= 1.02 * marks[0]
+    assert marks[-1] <= 1.02 * asleep
+
+
+def test_a_request_waits_for_a_sleeping_engine(server, shared_model):
+    server.sleep()
+    version = server.policy_version
+    client = server.openai()
+    thread, answers = in_thread(
+        lambda: client.completions.create(model="policy", prompt=[51, 52], max_tokens=4)
+    )
+    thread.join(1)
+    assert not answers
+    large_step(shared_model, [51, 52], seed=51)
+    server.wake()
+    thread.join(30)
+    assert answers[0].policy_version == version + 1 == server.policy_version
+
+
+def test_an_interrupted_generation_goes_on_from_its_own_tokens(server):
+    sampling = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
+    (undisturbed,) = server.generate([61, 62], sampling)
+    version = server.policy_version
+    thread, answers = in_thread(lambda: server.generate([61, 62], sampling))
+    time.sleep(0.2)
+    server.sleep()
+    assert not answers, "the generation was over before it could be interrupted"
+    server.wake()
+    server.sync_weights()
+    thread.join(60)
+    (completion,) = answers[0]
+    assert completion.ids == undisturbed.ids
+    assert completion.finish_reason == "length"
+    assert completion.policy_version == version + 2
+    starts = [start for _, start, _ in completion.versions]
+    assert starts[0] == 0 and completion.versions[-1][2] == 400
+    assert len(starts) >= 2, "the spans don't tell that two versions sampled"
+
+
+def test_sleep_and_wake_may_be_called_twice(server):
+    server.sleep()
+    server.sleep()
+    assert server.state == "asleep"
+    with pytest.raises(StateError, match="wake"):
+        server.generate("Hello")
+    assert server.wake().version == server.policy_version
+    assert server.wake() is None
+    assert server.state == "awake"
+
+
+def test_transitions_from_many_threads_happen_one_at_a_time(server):
+    before = server.policy_version
+    failures = []
+
+    def cycle():
+        try:
+            server.sync_weights()
+            server.sleep()
+            server.sync_weights()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=cycle) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    server.wake()
+    assert server.policy_version >= before + 8
+    assert greedy(server, [71]).ids
+
+
+def test_it_shows_itself_without_its_key(server):
+    text, table = repr(server), server._repr_html_()
+    for shown in (text, table):
+        assert "awake" in shown and server.base_url in shown and "MiB" in shown
+        assert server.api_key not in shown
+    assert table.startswith("<table>")
+
+
+def test_sessions_say_that_they_are_not_there_yet(server):
+    with pytest.raises(NotAvailableError, match="session"):
+        server.session()

@@ -1,0 +1,162 @@
+"""TRL's trainers with an attached server."""
+
+import pytest
+import torch
+from conftest import MIB
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+
+from rollout_server import attach
+from rollout_server.errors import AlreadyAttachedError, TrainerError
+from rollout_server.integrations.trl import logp_difference, recognises
+
+pytestmark = pytest.mark.slow
+QUICK = {"kv_cache_memory_bytes": 64 * MIB, "progress": False}
+
+
+def reward_length(completions, **_):
+    return [float(len(set(text)) % 7) for text in completions]
+
+
+@pytest.fixture
+def make_trainer(tiny_folder, tokenizer, tmp_path):
+    def make(trainer=GRPOTrainer, config=GRPOConfig, evaluate=False, **options):
+        data = Dataset.from_list([{"prompt": f"Say {i} times {i}"} for i in range(32)])
+        settings = dict(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+            logging_steps=1, max_steps=3, learning_rate=1e-3, num_generations=4,
+            per_device_train_batch_size=4, max_completion_length=8, disable_tqdm=True,
+        )  # fmt: skip
+        return trainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
+            args=config(**settings | options),
+            train_dataset=data,
+            eval_dataset=data.select(range(4)) if evaluate else None,
+            reward_funcs=reward_length,
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def values(trainer, key):
+    return [log[key] for log in trainer.state.log_history if key in log]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "options"),
+    [
+        # Two optimizer steps per rollout, accumulation, evaluation.
+        (GRPOTrainer, GRPOConfig, dict(
+            num_iterations=2, gradient_accumulation_steps=2, max_steps=4, eval_strategy="steps",
+            eval_steps=2, per_device_eval_batch_size=4, temperature=0.9, top_p=0.95,
+        )),
+        (RLOOTrainer, RLOOConfig, {}),
+    ],
+    ids=["grpo", "rloo"],
+)  # fmt: skip
+def test_training(make_trainer, trainer, config, options):
+    trainer = make_trainer(trainer, config, evaluate="eval_strategy" in options, **options)
+    begin = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    states = []
+    with attach(trainer, **QUICK) as server:
+        with pytest.raises(AlreadyAttachedError):
+            attach(trainer)
+        loss = trainer.compute_loss
+        trainer.compute_loss = lambda *a, **k: (states.append(str(server.state)), loss(*a, **k))[1]
+        trainer.train()
+        assert any((p != begin[n]).any() for n, p in trainer.model.named_parameters())
+        # Asleep while the trainer computes, awake with the trained weights afterwards.
+        assert set(states) == {"asleep"}
+        assert server.state == "awake"
+        server.verify_weights()
+        assert server.policy_version >= 2
+        for key in ("tokens_per_second", "policy_version", "seconds_sync", "seconds_wake",
+                    "seconds_sleep", "kv_cache_usage", "logp_difference"):  # fmt: skip
+            assert values(trainer, f"rollout/{key}"), key
+        assert max(values(trainer, "rollout/logp_difference")) < 1e-3
+        assert min(values(trainer, "rollout/kv_cache_usage")) > 0
+        versions = values(trainer, "rollout/policy_version")
+        assert versions == sorted(versions) and versions[-1] > versions[0]
+        if config is GRPOConfig:
+            for ratio in values(trainer, "sampling/importance_sampling_ratio/mean"):
+                assert 0.95 < ratio < 1.05
+            assert values(trainer, "eval_rollout/tokens_per_second")
+
+
+def test_rollouts_are_those_the_engine_sampled(make_trainer):
+    """Order, repetition, sampling fields and log-probabilities, by the seam itself."""
+    trainer = make_trainer(
+        max_completion_length=6,
+        generation_kwargs={"min_tokens": 6, "stop": None},
+        vllm_structured_outputs_regex="[ab]{1,40}",
+    )
+    with attach(trainer, **QUICK) as server:
+        prompts = [[7, 8, 9]] * 2 + [[10, 11]] * 2
+        out = trainer.vllm_generation.generate(prompts, None, 2)
+        prompt_ids, completion_ids, logprobs, logprob_ids = out
+        assert prompt_ids == prompts
+        assert {len(ids) for ids in completion_ids} == {6}
+        for ids, probabilities, tokens in zip(completion_ids, logprobs, logprob_ids, strict=True):
+            assert [[i] for i in ids] == tokens
+            assert [len(p) for p in probabilities] == [1] * len(ids)
+            text = trainer.processing_class.decode(ids)
+            assert set(text) <= {"a", "b"}, text
+        # Asked while asleep, without a new step: woken up again.
+        server.sleep()
+        assert trainer.vllm_generation.generate(prompts[:1], None, 1)[0] == prompts[:1]
+        # An agent's request that leaves fields out is sampled as the trainer does.
+        answer = server.openai().chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": "Hi"}],
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert answer.usage.completion_tokens == 6
+
+
+# -- refused, without an engine ---------------------------------------------------------------
+
+
+def test_use_vllm_is_refused_with_the_remedy(make_trainer):
+    trainer = make_trainer()
+    trainer.use_vllm = True  # as its constructor sets it
+    with pytest.raises(TrainerError, match="use_vllm=False"):
+        attach(trainer)
+
+
+def test_another_generator_is_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.use_transformers_continuous_batching = True
+    with pytest.raises(TrainerError, match="use_transformers_continuous_batching"):
+        attach(trainer)
+
+
+def test_the_constructors_checks_are_repeated(make_trainer):
+    trainer = make_trainer(loss_type="vespo", vllm_importance_sampling_mode="sequence_mask")
+    with pytest.raises(TrainerError, match="vespo"):
+        attach(trainer)
+    trainer.vllm_importance_sampling_mode = "nonsense"
+    with pytest.raises(TrainerError, match="nonsense"):
+        attach(trainer)
+
+
+def test_a_trainer_that_does_not_generate_is_refused(tiny, tokenizer, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    data = Dataset.from_list([{"text": "one"}])
+    trainer = SFTTrainer(model=tiny, args=args, train_dataset=data, processing_class=tokenizer)
+    assert recognises(trainer) and not recognises(tiny)
+    with pytest.raises(TrainerError, match="GRPOTrainer"):
+        attach(trainer)
+
+
+def test_the_difference_counts_only_trained_tokens():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    trained = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -9.0, -9.0]])
+    sampled = torch.tensor([[-1.5, -2.0, 0.0], [float("nan"), 0.0, 0.0]])
+    grpo = {"completion_mask": mask, "old_per_token_logps": trained,
+            "sampling_per_token_logps": sampled}  # fmt: skip
+    assert logp_difference(grpo, []) == pytest.approx(0.25)
+    rloo = {"completion_mask": mask, "old_logps": torch.tensor([-3.0, -3.0])}
+    assert logp_difference(rloo, [[-1.0, -1.0], [-3.5]]) == pytest.approx(0.5)
+    assert logp_difference(rloo, [[-1.0], [-3.5]]) is None
+    assert logp_difference({}, []) is None

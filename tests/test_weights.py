@@ -1,0 +1,125 @@
+"""Names and transport of weights, without an engine."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from rollout_server.errors import NotAvailableError, UnsupportedModelError
+from rollout_server.weights import transport
+from rollout_server.weights.source import policy_tensors
+from rollout_server.weights.transport import Exporter, Importer
+
+
+def test_tied_tensors_come_once_and_untied_ones_twice(tiny):
+    names = policy_tensors(tiny)
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    tiny.config.tie_word_embeddings = False  # a config that doesn't tell vLLM that they are tied
+    assert "lm_head.weight" in policy_tensors(tiny)
+
+
+def test_persistent_buffers_are_part_of_the_weights(tiny):
+    tiny.register_buffer("kept", torch.ones(3))
+    tiny.register_buffer("derived", torch.ones(3), persistent=False)
+    names = policy_tensors(tiny)
+    assert "kept" in names and "derived" not in names
+
+
+def test_wrappers_leave_no_trace_in_the_names(tiny):
+    plain = set(policy_tensors(tiny))
+    assert set(policy_tensors(torch.compile(tiny))) == plain
+    tiny.model.layers[0] = torch.compile(tiny.model.layers[0])
+    assert set(policy_tensors(tiny)) == plain
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert set(policy_tensors(torch.nn.parallel.DistributedDataParallel(tiny))) == plain
+    finally:
+        dist.destroy_process_group()
+
+
+def test_models_that_cannot_be_read_are_refused(tiny):
+    with pytest.raises(NotAvailableError, match="PEFT"):
+        policy_tensors(get_peft_model(tiny, LoraConfig(target_modules=["q_proj"])))
+    with torch.device("meta"), pytest.raises(UnsupportedModelError, match="meta"):
+        policy_tensors(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="no parameters"):
+        policy_tensors(torch.nn.ReLU())
+
+
+def _sums(messages, answers):
+    importer = Importer()
+    while (message := messages.recv()) is not None:
+        try:
+            answers.send({n: t.double().sum().item() for n, t in importer.open(message).items()})
+        except Exception as error:
+            answers.send(error)
+
+
+@pytest.fixture
+def other_process():
+    """Sends a message to an `Importer` in another process, and gives the sums it sees."""
+    context = multiprocessing.get_context("spawn")
+    (there, messages), (answers, here) = context.Pipe(False), context.Pipe(False)
+    process = context.Process(target=_sums, args=(there, here), daemon=True)
+    process.start()
+
+    def ask(message):
+        messages.send(message)
+        assert answers.poll(60)
+        return answers.recv()
+
+    yield ask
+    messages.send(None)
+    process.join(20)
+
+
+def tensors():
+    base = torch.arange(24.0).reshape(4, 6)
+    return {"whole": base, "slice": base[1:3, 2:], "turned": base.t(), "half": base.bfloat16()}
+
+
+def expected(given):
+    return {name: t.double().sum().item() for name, t in given.items()}
+
+
+def test_another_process_sees_the_same_memory(other_process):
+    given, exporter = tensors(), Exporter()
+    assert other_process(exporter.export(given)) == expected(given)
+    given["whole"].add_(1)  # views of it change with it, in both processes
+    message = exporter.export(given)
+    assert len(message) < 64, "unmoved tensors are sent again"
+    assert other_process(message) == expected(given)
+    given["whole"].data = torch.ones(4, 6)  # what an optimizer wrapper may do
+    assert other_process(exporter.export(given)) == expected(given)
+
+
+def test_without_room_in_shared_memory_a_copy_is_sent(other_process, monkeypatch):
+    monkeypatch.setattr(transport.shutil, "disk_usage", lambda _: type("U", (), {"free": 0}))
+    given, exporter = tensors(), Exporter()
+    assert other_process(exporter.export(given)) == expected(given)
+    assert not given["whole"].untyped_storage().is_shared()
+    given["whole"].mul_(3)
+    assert other_process(exporter.export(given)) == expected(given)
+
+
+def test_nothing_stays_in_shared_memory_by_name():
+    before = set(os.listdir("/dev/shm"))
+    given, exporter = tensors(), Exporter()
+    exporter.export(given)
+    assert {n for n in set(os.listdir("/dev/shm")) - before if n.startswith("torch_")} == set()
+
+
+def test_handles_that_were_never_sent_are_an_error(other_process):
+    given, exporter = tensors(), Exporter()
+    exporter.export(given)
+    assert "never sent" in str(other_process(exporter.export(given)))
+
+
+def test_a_message_can_hold_nothing_but_handles():
+    import pickle
+
+    with pytest.raises(pickle.UnpicklingError, match="system"):
+        Importer().open(pickle.dumps((1, [("x", os.system)])))
