@@ -1,8 +1,8 @@
 """A vLLM engine inside the training process, with the policy's newest weights and an OpenAI API.
 
-    from rollout_server import attach
+from rollout_server import attach
 
-    server = attach(trainer)            # or attach(model, tokenizer)
+server = attach(trainer)            # or attach(model, tokenizer)
 """
 
 from rollout_server.attach import attach

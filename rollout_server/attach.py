@@ -57,6 +57,6 @@ def refuse_second(owner: Any) -> None:
     present = _servers.get(owner)
     if present is not None and present.state is not State.CLOSED:
         raise AlreadyAttachedError(
-            f"this {type(owner).__name__} already has a server at {present.base_url}; use that one, "
-            "or close() it first"
+            f"this {type(owner).__name__} already has a server at {present.base_url}; use that "
+            "one, or close() it first"
         )

@@ -22,7 +22,7 @@ class EngineMissingError(RolloutServerError, ImportError):
 
 
 class UnsupportedModelError(RolloutServerError):
-    """vLLM doesn't know the model's architecture, or its weights can't be taken from the trainer."""
+    """vLLM doesn't know the model's architecture, or its weights can't be read."""
 
 
 class PortInUseError(RolloutServerError):

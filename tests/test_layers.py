@@ -50,7 +50,9 @@ async def test_json_answers_carry_the_version():
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 async def test_events_carry_the_version_however_they_are_cut(size):
-    stream = b'event: a\ndata: {"x": 1}\n\n: note\n\ndata: {"x": {"y": "data: {"}}\n\ndata: [DONE]\n\n'
+    stream = (
+        b'event: a\ndata: {"x": 1}\n\n: note\n\ndata: {"x": {"y": "data: {"}}\n\ndata: [DONE]\n\n'
+    )
     chunks = [stream[i : i + size] for i in range(0, len(stream), size)]
     versions = iter(range(100))
     app = Answers(chunks, kind=b"text/event-stream; charset=utf-8")
@@ -90,7 +92,13 @@ async def test_the_key_may_come_as_anthropic_sends_it():
 
 async def test_only_known_routes_reach_the_app():
     app = Answers([b"{}"])
-    for path in ("/sleep", "/v1/load_lora_adapter", "/collective_rpc", "/scale_elastic_ep", "/ping"):
+    for path in (
+        "/sleep",
+        "/v1/load_lora_adapter",
+        "/collective_rpc",
+        "/scale_elastic_ep",
+        "/ping",
+    ):
         assert (await client(app).post(path)).status_code == 404
     answer = await client(app).get("/v1/chat/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")

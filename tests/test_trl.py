@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import MIB
 from datasets import Dataset
+from rollout_server.integrations.trl import logp_difference, recognises
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from rollout_server import attach
 from rollout_server.errors import AlreadyAttachedError, TrainerError
-from rollout_server.integrations.trl import logp_difference, recognises
 
 pytestmark = pytest.mark.slow
 QUICK = {"kv_cache_memory_bytes": 64 * MIB, "progress": False}
@@ -50,7 +50,7 @@ def values(trainer, key):
         # Two optimizer steps per rollout, accumulation, evaluation.
         (GRPOTrainer, GRPOConfig, dict(
             num_iterations=2, gradient_accumulation_steps=2, max_steps=4, eval_strategy="steps",
-            eval_steps=2, per_device_eval_batch_size=4, temperature=0.9, top_p=0.95,
+            eval_steps=2, per_device_eval_batch_size=4, temperature=0.9,
         )),
         (RLOOTrainer, RLOOConfig, {}),
     ],

@@ -26,9 +26,7 @@ def require_vllm() -> str:
     version = vllm.__version__  # the CPU build's metadata has another name, so not from there
     numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
     if len(numbers) == 2 and not OLDEST <= numbers <= NEWEST:
-        raise EngineMissingError(
-            f"vllm {version} isn't supported; install a version from {_RANGE}"
-        )
+        raise EngineMissingError(f"vllm {version} isn't supported; install a version from {_RANGE}")
     return version
 
 

@@ -27,6 +27,10 @@ from rollout_server.errors import (
 )
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|MemoryError|less than (requested|desired)|No available memory|"
+    r"larger than the (maximum|available)|needed, which is larger"
+)
 _LOG_LINES = 40
 _LIVENESS_PERIOD = 0.5
 
@@ -123,14 +127,14 @@ class Engine:
 
         params = sampling_params(fields)
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        final = None
         try:
-            async for final in self.client.generate(tokens_input(prompt), params, request_id):
-                pass
+            outputs = []
+            async for step in self.client.generate(tokens_input(prompt), params, request_id):
+                outputs = step.outputs
         except Exception:
             self.require_alive()
             raise
-        return final.outputs
+        return outputs
 
     async def drain(self) -> None:
         """Return when no request runs. Nothing new must be let in meanwhile."""
@@ -214,7 +218,9 @@ def _vllm_config(arguments: Mapping[str, Any]) -> Any:
     try:
         return AsyncEngineArgs(**arguments).create_engine_config()
     except TypeError as error:
-        raise ConfigError(f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}") from error
+        raise ConfigError(
+            f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}"
+        ) from error
     except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
         text = str(error)
         if "rchitecture" in text:
@@ -229,8 +235,7 @@ def _start_error(error: Exception, log: str) -> Exception:
     tail = _tail(log, _LOG_LINES)
     cause = _cause(tail) or _first_lines(str(error)) or type(error).__name__
     kind = EngineStartError
-    if re.search(r"out of memory|less than requested memory|No available memory|larger than the "
-                 r"(maximum|available)|less than desired|MemoryError|needed, which is larger", cause):  # fmt: skip
+    if _OUT_OF_MEMORY.search(cause):
         kind = OutOfMemoryError
         cause += "; ask for a smaller KV cache (kv_cache_memory_bytes) or context (max_model_len)"
     return kind(f"the engine didn't start: {cause}\nThe end of its log:\n{tail}")

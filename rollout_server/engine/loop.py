@@ -6,6 +6,7 @@ this loop. Other threads hand it coroutines through `call`, always with a deadli
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -48,7 +49,9 @@ class LoopThread:
         """
         if threading.current_thread() is self._thread:
             work.close()
-            raise StateError(f"{what}: called from the server's own thread, which would wait forever")
+            raise StateError(
+                f"{what}: called from the server's own thread, which would wait forever"
+            )
         if not self.alive or self._loop.is_closed():
             work.close()
             raise StateError(f"{what}: the server's thread has ended; attach() again")
@@ -67,10 +70,8 @@ class LoopThread:
     def stop(self, timeout: float) -> bool:
         """Cancel what still runs, stop the loop and join the thread; True if it ended."""
         if self.alive and not self._loop.is_closed():
-            try:
+            with contextlib.suppress(Exception):  # stopping goes on whatever a task does
                 asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout)
-            except Exception:  # stopping goes on whatever a task does
-                pass
             self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)

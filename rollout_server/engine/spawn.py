@@ -41,11 +41,11 @@ _one_start = threading.Lock()
 
 
 @contextlib.contextmanager
-def engine_children(
-    log: str, variables: Mapping[str, str], pids: list[int]
-) -> Iterator[None]:
-    """Start children as described above; `variables` go into their environment, their process
-    ids into `pids`. The environment is restored on the way out, with whatever vLLM itself wrote into it.
+def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> Iterator[None]:
+    """Start children as described above.
+
+    log: the file they write to; variables: go into their environment; pids: takes their process
+    ids. The environment is restored on the way out, with whatever vLLM itself wrote into it.
     """
     thread = threading.get_ident()
     launch, command_line = popen_spawn_posix.Popen._launch, spawn.get_command_line

@@ -37,9 +37,7 @@ class _SharedMemory:
             storage = torch.UntypedStorage._new_shared_fd_cpu(fd, self.nbytes)
         finally:
             os.close(fd)
-        return torch.empty(0, dtype=self.dtype).set_(
-            storage, self.offset, self.shape, self.stride
-        )
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True)
