@@ -19,7 +19,12 @@ class Progress:
         if live:
             print(f"rollout_server: {doing} ...", end="", file=sys.stderr, flush=True)
         started = time.monotonic()
-        yield
+        try:
+            yield
+        except BaseException:
+            if live:
+                print(file=sys.stderr)
+            raise
         if self._shown:
             took = f"rollout_server: {doing}: {time.monotonic() - started:.1f} s"
             print(f"\r{took}   " if live else took, file=sys.stderr, flush=True)

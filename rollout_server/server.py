@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rollout_server.completion import Completion, Prompt, prompt_list
@@ -22,6 +22,7 @@ from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import (
+    DeadlineError,
     NotAvailableError,
     PromptTooLongError,
     StateError,
@@ -149,11 +150,10 @@ class RolloutServer:
     def verify_weights(self) -> None:
         """Compare the engine's weights with the policy's; `WeightSyncError` names differences."""
         self._box.require_open()
-        with self._exporting:
+        allowed = self._transition_time()
+        with self._export_turn(allowed):
             message = self._exporter.export(policy_tensors(self._policy.model()))
-            self._loop.call(
-                self._lifecycle.verify(message), self._config.sync_timeout + 5, "verify_weights()"
-            )
+            self._loop.call(self._lifecycle.verify(message), allowed, "verify_weights()")
 
     def sleep(self) -> None:
         """Give the engine's weights and KV cache back; requests wait until `wake`.
@@ -163,11 +163,7 @@ class RolloutServer:
         self._box.require_open()
         if self._config.colocate == "resident":
             return
-        config = self._config
-        allowed = config.sleep_timeout * 2 + config.sync_timeout + config.wake_timeout * 2
-        if config.in_flight == "drain":
-            allowed += config.drain_timeout
-        self._loop.call(self._lifecycle.sleep(), allowed, "sleep()")
+        self._loop.call(self._lifecycle.sleep(), self._transition_time(), "sleep()")
 
     def wake(self) -> SyncReport | None:
         """Wake the engine with the policy's weights as they are now; None if it is awake."""
@@ -175,13 +171,31 @@ class RolloutServer:
         return self.sync_weights() if self.state is not State.AWAKE else None
 
     def _push(self, tensors: Mapping[str, Any]) -> SyncReport:
-        config = self._config
-        allowed = config.sync_timeout + config.wake_timeout * 2 + config.sleep_timeout * 2
-        if config.in_flight == "drain":
-            allowed += config.drain_timeout
-        with self._exporting:
+        allowed = self._transition_time()
+        with self._export_turn(allowed):
             message = self._exporter.export(tensors)
             return self._loop.call(self._lifecycle.sync(message), allowed, "sync_weights()")
+
+    def _transition_time(self) -> float:
+        """Seconds for one transition and one that it may have to wait for, each with its steps."""
+        config = self._config
+        steps = config.sync_timeout + 2 * config.wake_timeout + 2 * config.sleep_timeout
+        if config.in_flight == "drain":
+            steps += config.drain_timeout
+        return 2 * steps
+
+    @contextlib.contextmanager
+    def _export_turn(self, allowed: float) -> Iterator[None]:
+        """Messages must reach the engine in the order in which they were made."""
+        if not self._exporting.acquire(timeout=allowed):
+            raise DeadlineError(
+                f"another sync_weights() or verify_weights() hasn't ended within {allowed:g} s "
+                f"(the server is {self.state})"
+            )
+        try:
+            yield
+        finally:
+            self._exporting.release()
 
     # -- generation ---------------------------------------------------------------------------
 

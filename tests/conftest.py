@@ -65,7 +65,11 @@ def shared_model(tiny_folder):
 def shared_server(shared_model, tokenizer):
     """One engine for the tests that need nothing special of theirs; use `server`."""
     with attach(
-        shared_model, tokenizer, kv_cache_memory_bytes=256 * MIB, hold_timeout=30, progress=False
+        shared_model,
+        tokenizer,
+        kv_cache_memory_bytes=256 * MIB,
+        hold_timeout=30,
+        progress=False,
     ) as server:
         yield server
 

@@ -1,7 +1,6 @@
 """Real clients against the endpoint."""
 
 import asyncio
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import anthropic
@@ -13,20 +12,6 @@ from conftest import trainer_logprobs
 pytestmark = pytest.mark.slow
 
 MESSAGES = [{"role": "user", "content": "What is two plus two?"}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "strict": True,
-        "description": "Tells the weather.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}},
-            "required": ["city"],
-            "additionalProperties": False,
-        },
-    },
-}
 
 
 @pytest.fixture
@@ -94,23 +79,6 @@ async def test_the_async_client(server):
     stream = await client.chat.completions.create(**request, stream=True)
     text = "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
     assert text == answers[0].choices[0].message.content
-
-
-def test_a_forced_tool_call(client):
-    answer = client.chat.completions.create(
-        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100,
-        tool_choice={"type": "function", "function": {"name": "weather"}},
-    )  # fmt: skip
-    (call,) = answer.choices[0].message.tool_calls
-    assert call.function.name == "weather"
-    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
-    streamed = client.chat.completions.create(
-        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100, stream=True,
-        tool_choice={"type": "function", "function": {"name": "weather"}},
-    )  # fmt: skip
-    parts = [c.choices[0].delta.tool_calls for c in streamed if c.choices]
-    arguments = "".join(p[0].function.arguments or "" for p in parts if p)
-    assert json.loads(arguments)["city"] in ("Oslo", "Rome")
 
 
 def test_completions(client, server, shared_model):

@@ -14,6 +14,8 @@ import torch
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rollout_server.engine.storages import flat, storages
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MADV_DONTNEED = 4
@@ -42,10 +44,9 @@ class CpuWorker(CPUWorker):
         """Each storage of a parameter or of the KV cache, once. Buffers stay: no sync brings
         those back that a model computes for itself."""
         model = self.model_runner.get_model()
-        kept = {b.untyped_storage().data_ptr() for b in model.buffers()}
-        tensors = [*model.parameters(), *_flat(self.model_runner.kv_caches)]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        return [s for at, s in storages.items() if at not in kept]
+        released = storages([*model.parameters(), *flat(self.model_runner.kv_caches)])
+        kept = storages(model.buffers())
+        return [storage for at, storage in released.items() if at not in kept]
 
 
 _repacking_gemm = None
@@ -56,12 +57,6 @@ def _plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
     else:  # convolutions
         _repacking_gemm(layer, remove_weight)
-
-
-def _flat(caches) -> list[torch.Tensor]:
-    if isinstance(caches, torch.Tensor):
-        return [caches]
-    return [t for c in caches for t in _flat(c)]
 
 
 def _give_back(storage: torch.UntypedStorage) -> None:

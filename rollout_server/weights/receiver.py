@@ -5,11 +5,12 @@ Imports nothing of vLLM: it reaches the model through the worker that it becomes
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rollout_server.engine.storages import flat, storages
 from rollout_server.weights.transport import Importer
 
 
@@ -22,8 +23,8 @@ class WeightReceiver:
         return {
             "pid": os.getpid(),
             "device": str(next(model.parameters()).device),
-            "weight_bytes": _storage_bytes(model.parameters()),
-            "kv_cache_bytes": _storage_bytes(_flat(getattr(self.model_runner, "kv_caches", []))),
+            "weight_bytes": _bytes(model.parameters()),
+            "kv_cache_bytes": _bytes(flat(getattr(self.model_runner, "kv_caches", []))),
         }
 
     def rollout_load(self, message: bytes, verify: bool) -> dict:
@@ -33,6 +34,7 @@ class WeightReceiver:
         a parameter that differs from what was sent, or {"error": traceback}.
         """
         try:
+            _require_plain_layers(self.get_model())
             tensors = self._rollout_importer().open(message)
             with torch.no_grad():
                 loaded = self.get_model().load_weights(iter(tensors.items()))
@@ -83,7 +85,7 @@ class _Comparison(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self._storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._storages = storages(model.parameters())
         self._name = ""
         self.mismatched: list[str] = []
 
@@ -102,18 +104,23 @@ class _Comparison(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _require_plain_layers(model: torch.nn.Module) -> None:
+    """Layers that vLLM repacks after loading can't be written in place; comparing what was written
+    wouldn't show it."""
+    for name, layer in model.named_modules():
+        method = type(getattr(layer, "quant_method", None)).__name__
+        plain = method.startswith("Unquantized") and "MoE" not in method
+        if method != "NoneType" and not plain and any(True for _ in layer.parameters(False)):
+            raise NotImplementedError(
+                f"{name} is a {type(layer).__name__} with {method}, whose weights vLLM repacks; "
+                "this version serves dense models that aren't quantised"
+            )
+
+
 def _finish_device_work() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _flat(caches) -> list[torch.Tensor]:
-    if isinstance(caches, torch.Tensor):
-        return [caches]
-    return [t for c in caches for t in _flat(c)]
-
-
-def _storage_bytes(tensors) -> int:
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(storage.nbytes() for storage in storages(tensors).values())
