@@ -155,19 +155,16 @@ class _WakeAtTheEnd(TrainerCallback):
 
 
 def _bind(trainer: Any, server: RolloutServer) -> None:
-    generation = EngineGeneration(trainer, server)
-    trainer.vllm_generation = generation
-    trainer.use_vllm = True
-    trainer.vllm_mode = "server"  # the branch that assumes nothing of where vLLM is
-    trainer._last_loaded_step = -1
-    trainer.add_callback(_WakeAtTheEnd(server))
-
-    generate = trainer._generate
-    score = trainer._generate_and_score_completions
+    """Put an `EngineGeneration` where TRL looks for its own, until the server is closed."""
+    generation, wake_at_the_end = EngineGeneration(trainer, server), _WakeAtTheEnd(server)
+    generate, score = trainer._generate, trainer._generate_and_score_completions
+    mode = trainer.vllm_mode
 
     @functools.wraps(generate)
     def generate_then_sleep(*args, **kwargs):
-        # Around the whole rollout: a tool loop calls `generate` many times.
+        # Around the whole rollout: a tool loop asks for completions many times.
+        if server.state is State.ASLEEP:
+            trainer._last_loaded_step = -1  # has no weights now: let TRL sync
         try:
             return generate(*args, **kwargs)
         finally:
@@ -179,8 +176,19 @@ def _bind(trainer: Any, server: RolloutServer) -> None:
         generation.log_difference(batch)
         return batch
 
+    def unbind():
+        trainer.use_vllm, trainer.vllm_mode = False, mode
+        del trainer.vllm_generation, trainer._generate, trainer._generate_and_score_completions
+        trainer.remove_callback(wake_at_the_end)
+
+    trainer.vllm_generation = generation
+    trainer.use_vllm = True
+    trainer.vllm_mode = "server"  # the branch that assumes nothing of where vLLM is
+    trainer._last_loaded_step = -1
     trainer._generate = generate_then_sleep
     trainer._generate_and_score_completions = score_and_compare
+    trainer.add_callback(wake_at_the_end)
+    server.call_on_close(unbind)
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rollout_server.completion import Completion, Prompt, prompt_list
@@ -57,6 +57,7 @@ class RolloutServer:
         self._engine: Engine | None = None
         self._listener: Listener | None = None
         self._request = 0
+        self._on_close: list[Callable[[], None]] = []
         progress = Progress(config.progress)
 
         tensors = policy_tensors(policy.model())  # first, since it is where a policy is refused
@@ -297,6 +298,10 @@ class RolloutServer:
 
     # -- the end ------------------------------------------------------------------------------
 
+    def call_on_close(self, work: Callable[[], None]) -> None:
+        """Have `close` call `work`, first of all; what it raises is ignored."""
+        self._on_close.append(work)
+
     def close(self) -> None:
         """End the endpoint, the engine and the thread; free the port and the temporary folder.
 
@@ -305,6 +310,9 @@ class RolloutServer:
         if not self._box.close():
             return
         atexit.unregister(self.close)
+        for work in self._on_close:
+            with contextlib.suppress(Exception):
+                work()
         patience = self._config.close_timeout
         with contextlib.suppress(Exception):
             self._loop.call(self._end(patience), patience * 3, "close()")

@@ -7,6 +7,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rollout_server import attach
@@ -53,6 +54,14 @@ def tiny_folder(tokenizer, tmp_path_factory):
 def tiny(tiny_folder):
     """A fresh tiny model."""
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone, which DDP needs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

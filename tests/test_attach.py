@@ -124,7 +124,7 @@ def test_an_engine_that_cannot_start_says_why(tiny, tokenizer, nothing_left):
 
 
 @pytest.mark.slow
-def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, capfd):
+def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, capfd, process_group):
     with attach(tiny, tokenizer, kv_cache_memory_bytes=128 * MIB) as server:
         held = server.memory()
         server.sleep()
@@ -146,8 +146,8 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
     with pytest.raises(StateError, match="closed"):
         server.generate("x")
 
-    # Again, the weights untied and in memory only, an fp32 policy with a bf16 engine, the same
-    # port, a key and a name of the user's.
+    # Again: weights untied and in memory only, in a DDP wrapper, fp32 with a bf16 engine, the
+    # same port, a key and a name of the user's.
     untied = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
@@ -157,7 +157,8 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
         )
     )  # fmt: skip
     with attach(
-        untied, tokenizer, dtype="bfloat16", port=port, api_key="mine", in_flight="drain",
+        torch.nn.parallel.DistributedDataParallel(untied), tokenizer, dtype="bfloat16",
+        port=port, api_key="mine", in_flight="drain",
         served_model_name="me", sampling={"temperature": 0.0, "max_tokens": 3}, verify_every=1,
         **QUICK,
     ) as server:  # fmt: skip

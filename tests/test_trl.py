@@ -83,6 +83,16 @@ def test_training(make_trainer, trainer, config, options):
             for ratio in values(trainer, "sampling/importance_sampling_ratio/mean"):
                 assert 0.95 < ratio < 1.05
             assert values(trainer, "eval_rollout/tokens_per_second")
+            # Evaluated twice without a step between, from an engine that was asleep.
+            server.sleep()
+            versions = [server.policy_version]
+            for _ in range(2):
+                assert "eval_reward" in trainer.evaluate()
+                versions.append(server.policy_version)
+            assert versions[0] < versions[1] < versions[2]
+    # The trainer generates by itself again.
+    assert trainer.use_vllm is False
+    assert "_generate" not in vars(trainer) and not hasattr(trainer, "vllm_generation")
 
 
 def test_rollouts_are_those_the_engine_sampled(make_trainer):

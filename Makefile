@@ -1,0 +1,50 @@
+# Every target works from a fresh checkout: `setup` makes .venv, and costs a moment when it is there.
+# Another interpreter: make setup PYTHON=python3.12
+
+SHELL := /bin/bash
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# Nothing that is run here asks the network for anything.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export DO_NOT_TRACK ?= 1
+
+.PHONY: help setup demo test test-fast bench lint format lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## make .venv with everything (CPU)
+	@scripts/setup.sh
+
+# The warnings: TRL's about vLLM versions is for TRL's own engine, which isn't used here.
+demo: export PYTHONWARNINGS := ignore::SyntaxWarning,ignore:TRL currently supports vLLM
+demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} \
+	accelerate launch --config_file recipes/accelerate/cpu.yaml \
+		recipes/train.py --config recipes/training/demo.yaml
+
+test: setup ## all tests (those for a GPU are skipped without one)
+	python -m pytest -q tests
+
+test-fast: setup ## the tests that take a few seconds at most
+	python -m pytest -q -m "not slow" tests
+
+bench: setup ## benchmarks, with their figures
+	python -m pytest -q -s tests/benchmarks
+
+lint: setup ## ruff's checks and formatting
+	ruff check .
+	ruff format --check .
+
+format: setup ## apply ruff's formatting and its safe fixes
+	ruff check --fix .
+	ruff format .
+
+lock: setup ## resolve requirements/cpu.in anew
+	scripts/lock.sh
+
+clean: ## remove .venv, runs and caches
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
