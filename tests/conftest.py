@@ -8,12 +8,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 import torch
 import torch.distributed as dist
+from support import MIB
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rollout_server import attach
 from smollm2 import model_folder
-
-MIB = 1 << 20
 
 
 @pytest.fixture(scope="session")
@@ -90,29 +89,3 @@ def server(shared_server):
     yield shared_server
     if shared_server.state in ("awake", "asleep"):
         shared_server.sync_weights()
-
-
-def greedy(server, prompt_ids, tokens=12):
-    """Greedy completion of token ids, its log-probabilities included."""
-    (completion,) = server.generate(
-        prompt_ids, {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-    )
-    return completion
-
-
-def trainer_logprobs(model, prompt_ids, ids):
-    """The model's own log-softmax at each position of `ids` after `prompt_ids`: (T, vocabulary)."""
-    with torch.no_grad():
-        tokens = torch.tensor([list(prompt_ids) + list(ids)], device=model.device)
-        logits = model(tokens).logits[0].float()
-    return logits.log_softmax(-1)[len(prompt_ids) - 1 : -1]
-
-
-def large_step(model, prompt_ids, seed):
-    """One optimizer step with a large learning rate, on random targets."""
-    torch.manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    ids = torch.randint(0, model.config.vocab_size, (2, 32)).to(model.device)
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import MIB, greedy, trainer_logprobs
+from support import MIB, greedy, trainer_logprobs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout_server.engine.compat as compat

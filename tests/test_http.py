@@ -7,7 +7,7 @@ import anthropic
 import httpx
 import openai
 import pytest
-from conftest import trainer_logprobs
+from support import trainer_logprobs
 
 pytestmark = pytest.mark.slow
 

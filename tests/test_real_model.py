@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import MIB, greedy, trainer_logprobs
+from support import MIB, greedy, trainer_logprobs
 from transformers import AutoModelForCausalLM
 
 from rollout_server import attach

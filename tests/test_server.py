@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import MIB, greedy, large_step, trainer_logprobs
+from support import MIB, greedy, large_step, trainer_logprobs
 
 from rollout_server.errors import (
     NotAvailableError,

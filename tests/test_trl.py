@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import MIB
 from datasets import Dataset
 from rollout_server.integrations.trl import logp_difference, recognises
+from support import MIB
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 

@@ -2,18 +2,11 @@
 
 import json
 import os
-import statistics
 from pathlib import Path
 
 import pytest
 
 RESULTS = Path(__file__).parents[2] / "runs" / "bench"
-
-
-def spread(values, unit=""):
-    """'median (minimum to maximum) unit'."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.4g} ({low:.4g} to {high:.4g}) {unit}".rstrip()
 
 
 @pytest.fixture

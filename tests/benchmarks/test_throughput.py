@@ -7,8 +7,7 @@ import time
 
 import pytest
 import torch
-from benchmarks.conftest import spread
-from conftest import MIB
+from support import MIB, spread
 from transformers import AutoModelForCausalLM
 
 from rollout_server import attach

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import greedy, large_step, trainer_logprobs
+from support import greedy, large_step, trainer_logprobs
 
 from rollout_server import attach
 
