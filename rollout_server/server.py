@@ -23,6 +23,8 @@ from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import (
     DeadlineError,
+    EngineDeadError,
+    EngineStartError,
     NotAvailableError,
     PromptTooLongError,
     StateError,
@@ -74,6 +76,8 @@ class RolloutServer:
                 self._loop.call(self._start_engine(), config.start_timeout, "starting the engine")
             with progress.step("taking the policy's weights"):
                 self._push(tensors)
+            with progress.step("sampling a first token"):
+                self._try_out()
             with progress.step("opening the endpoint"):
                 self._loop.call(self._start_http(), config.start_timeout, "starting the endpoint")
         except BaseException:
@@ -372,6 +376,14 @@ class RolloutServer:
         self._engine = await Engine.start(arguments, variables, log, self._pids)
         self._gate = Gate(config.hold_timeout)
         self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
+
+    def _try_out(self) -> None:
+        """Sample one token: some models load well and fail at the first forward pass."""
+        work = self._generate([[0]], {"max_tokens": 1, "logprobs": 0})
+        try:
+            self._loop.call(work, self._config.start_timeout, "sampling a first token")
+        except EngineDeadError as error:
+            raise EngineStartError(f"the engine can't run this model: {error}") from error
 
     async def _start_http(self) -> None:
         config = self._config

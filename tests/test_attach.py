@@ -124,6 +124,17 @@ def test_an_engine_that_cannot_start_says_why(tiny, tokenizer, nothing_left):
 
 
 @pytest.mark.slow
+def test_an_engine_that_cannot_run_the_model_says_why(tokenizer, nothing_left):
+    """vLLM's CPU attention knows no heads of 16: that shows in the first forward pass only."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(EngineStartError, match="head_dim=16"):
+        attach(LlamaForCausalLM(config), tokenizer, **QUICK)
+
+
+@pytest.mark.slow
 def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, capfd, process_group):
     with attach(tiny, tokenizer, kv_cache_memory_bytes=128 * MIB) as server:
         held = server.memory()
