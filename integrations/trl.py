@@ -144,14 +144,23 @@ def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float 
 
 
 class _WakeAtTheEnd(TrainerCallback):
-    """After training the endpoint serves the trained policy."""
+    """After training, and after an evaluation outside of it, the endpoint serves the policy."""
 
     def __init__(self, server: RolloutServer):
         self._server = server
+        self._training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
         if self._server.state in (State.AWAKE, State.ASLEEP):
             self._server.sync_weights()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not self._training and self._server.state is State.ASLEEP:
+            self._server.wake()
 
 
 def _bind(trainer: Any, server: RolloutServer) -> None:

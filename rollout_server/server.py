@@ -371,7 +371,7 @@ class RolloutServer:
         arguments = engine_arguments(
             config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu
         )
-        variables = engine_variables(on_cpu, policy.device.index)
+        variables = engine_variables(on_cpu, policy.device.index, self._folder)
         log = os.path.join(self._folder, "engine.log")
         self._engine = await Engine.start(arguments, variables, log, self._pids)
         self._gate = Gate(config.hold_timeout)

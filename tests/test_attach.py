@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -33,23 +34,38 @@ from rollout_server.errors import (
 QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}
 
 
-def leftovers():
-    """Engine processes and temporary folders of this process."""
+def engines():
+    """Engine processes of this process."""
     children = psutil.Process().children(recursive=True)
-    engines = [p.pid for p in children if "spawn_main" in " ".join(p.cmdline())
-               or "EngineCore" in p.name()]  # fmt: skip
-    folders = [p.name for p in Path(tempfile.gettempdir()).glob("rollout_server-*")]
-    return engines, folders
+    return [p.pid for p in children if "spawn_main" in " ".join(p.cmdline())
+            or "EngineCore" in p.name()]  # fmt: skip
+
+
+def files(folder):
+    """What is in a folder, but for torch's own cache, which processes share on purpose."""
+    return [p for p in folder.iterdir() if not p.name.startswith("torchinductor_")]
 
 
 @pytest.fixture
-def nothing_left():
-    before = leftovers()
+def temporary(monkeypatch):
+    """The folder for temporary files during this test; short, since sockets are made in it."""
+    folder = tempfile.mkdtemp(prefix="t")
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def nothing_left(temporary):
+    """After the test there is no engine, and no file, folder or socket that it made."""
+    before = engines()
     yield
     deadline = time.monotonic() + 5
-    while leftovers() != before and time.monotonic() < deadline:
+    while (engines() != before or files(temporary)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert leftovers() == before
+    assert engines() == before
+    assert files(temporary) == []
 
 
 # -- refused before anything starts -----------------------------------------------------------
@@ -195,7 +211,15 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert longer.usage.completion_tokens == 7
+        # in_flight="drain": what runs is finished before the engine sleeps.
+        version, results = server.policy_version, []
+        long = {"max_tokens": 200, "ignore_eos": True}
+        thread = threading.Thread(target=lambda: results.extend(server.generate([5, 6], long)))
+        thread.start()
+        time.sleep(0.2)
         server.sleep()
+        thread.join(5)
+        assert results[0].versions == [(version, 0, 200)]
         server.wake()
 
 
@@ -246,9 +270,8 @@ def test_a_script_without_a_main_guard(tiny_folder, tmp_path, nothing_left):
 
 
 @pytest.mark.slow
-def test_from_standard_input_and_killed(tiny_folder):
+def test_from_standard_input_and_killed(tiny_folder, temporary):
     """`python -`; and SIGKILL of the trainer ends the engine."""
-    before = set(Path(tempfile.gettempdir()).glob("rollout_server-*"))
     process = subprocess.Popen(
         [sys.executable, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
@@ -266,6 +289,3 @@ def test_from_standard_input_and_killed(tiny_folder):
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     assert gone(engine)
-    # SIGKILL leaves the temporary folder.
-    for folder in set(Path(tempfile.gettempdir()).glob("rollout_server-*")) - before:
-        shutil.rmtree(folder)

@@ -52,15 +52,17 @@ def values(trainer, key):
             num_iterations=2, gradient_accumulation_steps=2, max_steps=4, eval_strategy="steps",
             eval_steps=2, per_device_eval_batch_size=4, temperature=0.9,
         )),
+        # Generates while it trains.
         (RLOOTrainer, RLOOConfig, {}),
     ],
-    ids=["grpo", "rloo"],
+    ids=["grpo", "rloo-resident"],
 )  # fmt: skip
 def test_training(make_trainer, trainer, config, options):
     trainer = make_trainer(trainer, config, evaluate="eval_strategy" in options, **options)
     begin = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     states = []
-    with attach(trainer, **QUICK) as server:
+    sleeps = config is GRPOConfig
+    with attach(trainer, colocate="sleep" if sleeps else "resident", **QUICK) as server:
         with pytest.raises(AlreadyAttachedError):
             attach(trainer)
         loss = trainer.compute_loss
@@ -68,18 +70,19 @@ def test_training(make_trainer, trainer, config, options):
         trainer.train()
         assert any((p != begin[n]).any() for n, p in trainer.model.named_parameters())
         # Asleep while the trainer computes, awake with the trained weights afterwards.
-        assert set(states) == {"asleep"}
+        assert set(states) == {"asleep" if sleeps else "awake"}
         assert server.state == "awake"
         server.verify_weights()
         assert server.policy_version >= 2
         for key in ("tokens_per_second", "policy_version", "seconds_sync", "seconds_wake",
-                    "seconds_sleep", "kv_cache_usage", "logp_difference"):  # fmt: skip
+                    "kv_cache_usage", "logp_difference"):  # fmt: skip
             assert values(trainer, f"rollout/{key}"), key
+        assert bool(values(trainer, "rollout/seconds_sleep")) == sleeps
         assert max(values(trainer, "rollout/logp_difference")) < 1e-3
         assert min(values(trainer, "rollout/kv_cache_usage")) > 0
         versions = values(trainer, "rollout/policy_version")
         assert versions == sorted(versions) and versions[-1] > versions[0]
-        if config is GRPOConfig:
+        if sleeps:
             for ratio in values(trainer, "sampling/importance_sampling_ratio/mean"):
                 assert 0.95 < ratio < 1.05
             assert values(trainer, "eval_rollout/tokens_per_second")
@@ -88,6 +91,7 @@ def test_training(make_trainer, trainer, config, options):
             versions = [server.policy_version]
             for _ in range(2):
                 assert "eval_reward" in trainer.evaluate()
+                assert server.state == "awake"
                 versions.append(server.policy_version)
             assert versions[0] < versions[1] < versions[2]
     # The trainer generates by itself again.

@@ -9,6 +9,8 @@ from rollout_server.config import RolloutConfig
 from rollout_server.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
+# A socket's path may have 107 characters; vLLM's names have 36.
+_SOCKET_FOLDER = 107 - 36 - 1
 WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
 CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
 
@@ -66,13 +68,19 @@ def engine_arguments(
     return chosen | dict(config.engine_args)
 
 
-def engine_variables(on_cpu: bool, device: int | None) -> dict[str, str]:
-    """Environment variables for the engine's processes."""
+def engine_variables(on_cpu: bool, device: int | None, folder: str) -> dict[str, str]:
+    """Environment variables for the engine's processes.
+
+    device: index of the GPU as torch counts here; folder: for temporary files and sockets.
+    """
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if len(folder) <= _SOCKET_FOLDER:
+        # vLLM leaves sockets and files behind; this folder is removed with all of them.
+        variables["VLLM_RPC_BASE_PATH"] = variables["TMPDIR"] = folder
     if on_cpu:
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.
