@@ -25,10 +25,7 @@ class CpuWorker(CPUWorker):
     def load_model(self, *args, **kwargs) -> None:
         # vLLM would repack linear weights for oneDNN, AMX or Zen and drop the originals, and new
         # weights would have nowhere to go. It looks this function up at each use.
-        if layer_utils.dispatch_cpu_unquantized_gemm is not _plain_gemm:
-            global _repacking_gemm
-            _repacking_gemm = layer_utils.dispatch_cpu_unquantized_gemm
-            layer_utils.dispatch_cpu_unquantized_gemm = _plain_gemm
+        layer_utils.dispatch_cpu_unquantized_gemm = _plain_gemm
         super().load_model(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
@@ -49,7 +46,7 @@ class CpuWorker(CPUWorker):
         return [storage for at, storage in released.items() if at not in kept]
 
 
-_repacking_gemm = None
+_repacking_gemm = layer_utils.dispatch_cpu_unquantized_gemm
 
 
 def _plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:

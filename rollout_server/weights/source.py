@@ -6,8 +6,8 @@ import torch
 
 from rollout_server.errors import NotAvailableError, UnsupportedModelError
 
-# What wrappers put into a parameter's name: DDP, torch.compile, activation checkpointing.
-_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+# What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def bare_model(model: Any) -> torch.nn.Module:
@@ -47,7 +47,7 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _plain(name: str) -> str:
-    for part in _WRAPPERS[1:]:
+    for part in _WRAPPERS:
         name = name.replace(part, "")
     return name
 
