@@ -11,6 +11,8 @@ from rollout_server.errors import ConfigError, NotAvailableError
 
 COLOCATE = ("sleep", "share", "resident")
 IN_FLIGHT = ("interrupt", "drain")
+SYNC_PATHS = ("auto", "plan", "layerwise", "load_weights")
+CHECK_FINITE = ("verified", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,8 +52,13 @@ class RolloutConfig:
             "interrupt" freezes and later continues them from their own tokens, "drain" lets
             them finish first.
         hold_timeout: how long a request waits for the engine before it gets 503.
-        verify_every: after each N-th sync, compare what the engine holds with what was sent.
+        sync_path: "plan" copies weights straight to where the engine uses them, "layerwise" is
+            vLLM's layerwise reload, "load_weights" vLLM's loader. "auto": "plan" for every model
+            that it can be used for, else "layerwise".
+        verify_every: after each N-th sync, compare what the engine holds with the policy.
             The first sync is always compared. 0: only the first.
+        check_finite: refuse weights that hold a NaN or an infinity: on the "verified" syncs,
+            "always" or "never".
         max_restarts: how often a dead engine is restarted.
 
     Deadlines:
@@ -83,6 +90,8 @@ class RolloutConfig:
     offload_optimizer: bool = False
     in_flight: str = "interrupt"
     hold_timeout: float = 600.0
+    sync_path: str = "auto"
+    check_finite: str = "verified"
     verify_every: int = 0
     max_restarts: int = 0
 
@@ -111,6 +120,8 @@ class RolloutConfig:
         _one_of("colocate", self.colocate, COLOCATE)
         _one_of("in_flight", self.in_flight, IN_FLIGHT)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("sync_path", self.sync_path, SYNC_PATHS)
+        _one_of("check_finite", self.check_finite, CHECK_FINITE)
         _text("host", self.host)
         _text("served_model_name", self.served_model_name)
         if self.api_key is not None:
@@ -139,6 +150,14 @@ class RolloutConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         self._refuse_what_is_not_there_yet()
+
+    @property
+    def transition_time(self) -> float:
+        """Seconds for one transition and one that it may have to wait for, each with its steps."""
+        steps = self.sync_timeout + 2 * self.wake_timeout + 2 * self.sleep_timeout
+        if self.in_flight == "drain":
+            steps += self.drain_timeout
+        return 2 * steps
 
     def _refuse_what_is_not_there_yet(self):
         if self.colocate == "share":

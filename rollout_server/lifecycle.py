@@ -6,19 +6,18 @@ Order of a step, each line the cure of a known failure:
 2. bring running requests to rest (vLLM freezes or finishes them) and forget all caches;
 3. sleep;
 4. (the trainer trains)
-5. wake the weights, load the trainer's, compare; only then the KV cache: an engine that is
+5. wake the weights, write the trainer's, compare; only then the KV cache: an engine that is
    half awake must not run a forward pass;
 6. raise the policy version, open the gate.
 
-One transition at a time. A transition isn't cancelled by its caller going away; what fails after
-the gate was closed and can't be undone marks the server broken and tells every held request.
+One transition at a time. A step isn't cancelled by its caller going away; what fails after the gate
+was closed and can't be undone marks the server broken and tells every held request.
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.config import RolloutConfig
@@ -26,29 +25,6 @@ from rollout_server.engine.engine import Engine
 from rollout_server.errors import DeadlineError, StateError
 from rollout_server.http.gate import Gate
 from rollout_server.state import State, StateBox
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync did.
-
-    Attributes:
-        version: policy version from now on.
-        bytes: size of the trainer's tensors.
-        seconds: from the call until requests flowed again.
-        wake_seconds: of these, those that waking took; 0 if the engine was awake.
-        path: how the weights went: "load_weights" is vLLM's loader, tensor by tensor.
-        tensors: number of tensors.
-        verified: whether what the engine holds was compared with what was sent.
-    """
-
-    version: int
-    bytes: int
-    seconds: float
-    wake_seconds: float
-    path: str
-    tensors: int
-    verified: bool
 
 
 class Lifecycle:
@@ -60,90 +36,50 @@ class Lifecycle:
         self._box = box
         self._gate = gate
         self._turn = asyncio.Lock()
-        self._syncs = 0
+        self._left: asyncio.Future | None = None
         self.version = -1  # the first sync, at attach, makes it 0
 
     async def sleep(self) -> None:
         """awake -> asleep; nothing to do if asleep already."""
-        await self._transition(self._sleep)
+        await _to_its_end(self._sleep)
 
-    async def sync(self, message: bytes) -> SyncReport:
-        """Give the engine the weights of `message`, waking it if it sleeps."""
-        return await self._transition(self._sync, message)
+    async def begin_sync(self) -> "SyncTransition":
+        """Bring the engine to where its weights can be written. The transition must be ended."""
+        sync = SyncTransition(self)
+        beginning = asyncio.ensure_future(sync.begin())
+        try:
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:  # nobody is left to end it
+            self._left = asyncio.ensure_future(sync.abandon(beginning))
+            raise
+        return sync
 
-    async def verify(self, message: bytes) -> None:
-        """Compare the engine's weights with those of `message`."""
-        await self._transition(self._verify, message)
-
-    async def _transition(self, work: Callable[..., Coroutine], *args: Any) -> Any:
-        async def one_at_a_time():
-            async with self._turn:
-                self._box.require_open()
-                return await work(*args)
-
-        # The caller's cancellation (its deadline, Ctrl-C) doesn't stop a transition half-way.
-        return await asyncio.shield(asyncio.ensure_future(one_at_a_time()))
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[Engine]:
+        """While the engine's weights are read, requests run and no transition does."""
+        async with self._turn:
+            self._box.require_open()
+            if self._box.state is not State.AWAKE:
+                raise StateError(
+                    f"the server is {self._box.state}, its weights can't be compared; wake() it "
+                    "first"
+                )
+            async with _deadline(self._config.sync_timeout, "comparing weights"):
+                yield self._engine
 
     async def _sleep(self) -> None:
-        if self._box.state is State.ASLEEP:
-            return
-        await self._rest()
+        async with self._turn:
+            self._box.require_open()
+            if self._box.state is State.ASLEEP:
+                return
+            await self._rest()
+            await self._fall_asleep()
+
+    async def _fall_asleep(self) -> None:
         with self._breaking("falling asleep"):
             async with _deadline(self._config.sleep_timeout, "falling asleep"):
                 await self._engine.sleep()
             self._box.move(State.ASLEEP)
-
-    async def _sync(self, message: bytes) -> SyncReport:
-        started, waking = time.perf_counter(), 0.0
-        asleep = self._box.state is State.ASLEEP
-        if asleep:
-            self._box.move(State.WAKING)
-        elif self._box.state is State.AWAKE:
-            await self._rest()
-        with self._breaking("syncing weights"):
-            if asleep:
-                waking -= time.perf_counter()
-                async with _deadline(self._config.wake_timeout, "waking the weights"):
-                    await self._engine.wake_weights()
-                waking += time.perf_counter()
-            self._box.move(State.SYNCING)
-            verify = self._due()
-            async with _deadline(self._config.sync_timeout, "syncing weights"):
-                report = await self._engine.load_weights(message, verify)
-                # Before scheduling resumes, so that each token is counted to its version.
-                await self._engine.set_weight_version(self.version + 1)
-            async with _deadline(self._config.wake_timeout, "waking the KV cache"):
-                if asleep:
-                    waking -= time.perf_counter()
-                    await self._engine.wake_kv_cache()
-                    waking += time.perf_counter()
-                else:
-                    await self._engine.resume()
-            self._syncs += 1
-            self.version += 1
-            self._box.move(State.AWAKE)
-        self._gate.open()
-        return SyncReport(
-            version=self.version,
-            bytes=report["bytes"],
-            seconds=time.perf_counter() - started,
-            wake_seconds=waking,
-            path="load_weights",
-            tensors=report["tensors"],
-            verified=verify,
-        )
-
-    async def _verify(self, message: bytes) -> None:
-        if self._box.state is not State.AWAKE:
-            raise StateError(
-                f"the server is {self._box.state}, its weights can't be compared; wake() it first"
-            )
-        async with _deadline(self._config.sync_timeout, "comparing weights"):
-            await self._engine.verify_weights(message)
-
-    def _due(self) -> bool:
-        every = self._config.verify_every
-        return self._syncs == 0 or (every > 0 and self._syncs % every == 0)
 
     async def _rest(self) -> None:
         """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
@@ -174,6 +110,119 @@ class Lifecycle:
     def _break(self, why: str) -> None:
         self._box.break_(why)
         self._gate.shut(f"the engine is broken: {why}")
+
+
+class SyncTransition:
+    """One sync, step by step: `begin`, then `write` for each part, then `commit` or `abort`.
+
+    Made by `Lifecycle.begin_sync`; holds the turn until it is ended.
+    """
+
+    def __init__(self, lifecycle: Lifecycle):
+        self._life = lifecycle
+        self._config = lifecycle._config
+        self._engine = lifecycle._engine
+        self._asleep = False
+        self._written = False
+        self._running = asyncio.Lock()
+        self.seconds_awaking = 0.0
+
+    async def begin(self) -> None:
+        life = self._life
+        await life._turn.acquire()
+        try:
+            life._box.require_open()
+            self._asleep = life._box.state is State.ASLEEP
+            if self._asleep:
+                life._box.move(State.WAKING)
+            elif life._box.state is State.AWAKE:
+                await life._rest()
+            with life._breaking("waking the weights"):
+                if self._asleep:
+                    await self._wake(self._engine.wake_weights, "waking the weights")
+                life._box.move(State.SYNCING)
+        except BaseException:
+            life._turn.release()
+            raise
+
+    async def write(self, work: Callable[[Engine], Coroutine]) -> Any:
+        """Write a part of the weights with `work`, given the engine."""
+        return await _to_its_end(self._write, work)
+
+    async def _write(self, work: Callable[[Engine], Coroutine]) -> Any:
+        async with self._running:
+            self._written = True
+            async with _deadline(self._config.sync_timeout, "writing weights"):
+                return await work(self._engine)
+
+    async def read(self, work: Callable[[Engine], Coroutine]) -> Any:
+        """Compare a part of the weights with `work`, given the engine."""
+        async with self._running, _deadline(self._config.sync_timeout, "comparing weights"):
+            return await work(self._engine)
+
+    async def commit(self) -> int:
+        """All is written: raise the version, let requests flow. The new version."""
+        return await _to_its_end(self._commit)
+
+    async def _commit(self) -> int:
+        life = self._life
+        try:
+            with life._breaking("resuming with new weights"):
+                async with _deadline(self._config.wake_timeout, "telling the engine its version"):
+                    # Before scheduling resumes, so that each token is counted to its version.
+                    await self._engine.set_weight_version(life.version + 1)
+                await self._resume()
+                life.version += 1
+                life._box.move(State.AWAKE)
+            life._gate.open()
+            return life.version
+        finally:
+            life._turn.release()
+
+    async def abort(self, why: str) -> None:
+        """Go back to where the engine was, or mark it broken if weights have been written."""
+        await _to_its_end(self._abort, why)
+
+    async def _abort(self, why: str) -> None:
+        life = self._life
+        try:
+            async with self._running:  # a step that its caller has left
+                pass
+            if self._written or life.version < 0 or life._box.state is not State.SYNCING:
+                life._break(f"syncing weights: {why}")
+            elif self._asleep:
+                await life._fall_asleep()
+            else:
+                with life._breaking("resuming"):
+                    await self._resume()
+                    life._box.move(State.AWAKE)
+                life._gate.open()
+        finally:
+            life._turn.release()
+
+    async def abandon(self, beginning: asyncio.Future) -> None:
+        """End a transition whose caller went away while it began."""
+        await asyncio.wait({beginning})
+        if beginning.exception() is None:
+            await self.abort("its caller went away")
+
+    async def _resume(self) -> None:
+        if self._asleep:
+            await self._wake(self._engine.wake_kv_cache, "waking the KV cache")
+        else:
+            async with _deadline(self._config.wake_timeout, "resuming"):
+                await self._engine.resume()
+
+    async def _wake(self, work: Callable[[], Coroutine], what: str) -> None:
+        started = time.perf_counter()
+        async with _deadline(self._config.wake_timeout, what):
+            await work()
+        self.seconds_awaking += time.perf_counter() - started
+
+
+async def _to_its_end(work: Callable[..., Coroutine], *args: Any) -> Any:
+    """The caller's cancellation (its deadline, Ctrl-C) doesn't stop `work` half-way."""
+    return await asyncio.shield(asyncio.ensure_future(work(*args)))
 
 
 @contextlib.asynccontextmanager

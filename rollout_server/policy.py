@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.weights.source import bare_model
+from rollout_server.weights.source import Source, bare_model, source_of
 
 # Nothing cut off, nothing reshaped: the distribution that the policy's own logits give.
 NEUTRAL_SAMPLING = {
@@ -35,6 +35,10 @@ class Policy:
     compute_dtype: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=lambda: dict(NEUTRAL_SAMPLING))
     seed: int = 0
+
+    def source(self) -> Source:
+        """The policy's tensors as they are now."""
+        return source_of(self.model())
 
     @property
     def bare(self) -> torch.nn.Module:

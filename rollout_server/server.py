@@ -8,8 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rollout_server.completion import Completion, Prompt, prompt_list
@@ -17,12 +16,12 @@ from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
 from rollout_server.engine.arguments import engine_arguments, engine_variables, tool_parser
 from rollout_server.engine.engine import Engine, kill_trees
-from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.folder import write_model_folder, write_specs
 from rollout_server.engine.loop import LoopThread
+from rollout_server.engine.plan import TensorSpec
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import (
-    DeadlineError,
     EngineDeadError,
     EngineStartError,
     NotAvailableError,
@@ -32,12 +31,11 @@ from rollout_server.errors import (
 from rollout_server.http.app import layered, serving_app
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
-from rollout_server.lifecycle import Lifecycle, SyncReport
+from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.state import State, StateBox
-from rollout_server.weights.source import policy_tensors
-from rollout_server.weights.transport import Exporter
+from rollout_server.sync import SyncReport, WeightSync
 
 
 class RolloutServer:
@@ -51,8 +49,6 @@ class RolloutServer:
         self._policy = policy
         self._config = config
         self._box = StateBox()
-        self._exporter = Exporter()
-        self._exporting = threading.Lock()
         self._api_key = config.api_key or secrets.token_urlsafe(32)
         self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
         self._pids: list[int] = []
@@ -62,7 +58,7 @@ class RolloutServer:
         self._on_close: list[Callable[[], None]] = []
         progress = Progress(config.progress)
 
-        tensors = policy_tensors(policy.model())  # first, since it is where a policy is refused
+        specs = policy.source().specs  # first, since it is where a policy is refused
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
@@ -73,9 +69,14 @@ class RolloutServer:
         atexit.register(self.close)
         try:
             with progress.step(f"starting the engine (vLLM {version})"):
-                self._loop.call(self._start_engine(), config.start_timeout, "starting the engine")
+                self._loop.call(
+                    self._start_engine(specs), config.start_timeout, "starting the engine"
+                )
             with progress.step("taking the policy's weights"):
-                self._push(tensors)
+                self._sync = WeightSync(
+                    policy, config, self._loop, self._engine, self._lifecycle, specs
+                )
+                self._sync.push()
             with progress.step("sampling a first token"):
                 self._try_out()
             with progress.step("opening the endpoint"):
@@ -150,15 +151,12 @@ class RolloutServer:
         that sleeps wakes up.
         """
         self._box.require_open()
-        return self._push(policy_tensors(self._policy.model()))
+        return self._sync.push()
 
     def verify_weights(self) -> None:
         """Compare the engine's weights with the policy's; `WeightSyncError` names differences."""
         self._box.require_open()
-        allowed = self._transition_time()
-        with self._export_turn(allowed):
-            message = self._exporter.export(policy_tensors(self._policy.model()))
-            self._loop.call(self._lifecycle.verify(message), allowed, "verify_weights()")
+        self._sync.verify()
 
     def sleep(self) -> None:
         """Give the engine's weights and KV cache back; requests wait until `wake`.
@@ -168,39 +166,12 @@ class RolloutServer:
         self._box.require_open()
         if self._config.colocate == "resident":
             return
-        self._loop.call(self._lifecycle.sleep(), self._transition_time(), "sleep()")
+        self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
 
     def wake(self) -> SyncReport | None:
         """Wake the engine with the policy's weights as they are now; None if it is awake."""
         self._box.require_open()
         return self.sync_weights() if self.state is not State.AWAKE else None
-
-    def _push(self, tensors: Mapping[str, Any]) -> SyncReport:
-        allowed = self._transition_time()
-        with self._export_turn(allowed):
-            message = self._exporter.export(tensors)
-            return self._loop.call(self._lifecycle.sync(message), allowed, "sync_weights()")
-
-    def _transition_time(self) -> float:
-        """Seconds for one transition and one that it may have to wait for, each with its steps."""
-        config = self._config
-        steps = config.sync_timeout + 2 * config.wake_timeout + 2 * config.sleep_timeout
-        if config.in_flight == "drain":
-            steps += config.drain_timeout
-        return 2 * steps
-
-    @contextlib.contextmanager
-    def _export_turn(self, allowed: float) -> Iterator[None]:
-        """Messages must reach the engine in the order in which they were made."""
-        if not self._exporting.acquire(timeout=allowed):
-            raise DeadlineError(
-                f"another sync_weights() or verify_weights() hasn't ended within {allowed:g} s "
-                f"(the server is {self.state})"
-            )
-        try:
-            yield
-        finally:
-            self._exporting.release()
 
     # -- generation ---------------------------------------------------------------------------
 
@@ -361,12 +332,13 @@ class RolloutServer:
 
     # -- the beginning --------------------------------------------------------------------------
 
-    async def _start_engine(self) -> None:
+    async def _start_engine(self, specs: Mapping[str, TensorSpec]) -> None:
         from vllm.platforms import current_platform
 
         config, policy = self._config, self._policy
         dtype = policy.dtype if config.dtype == "auto" else config.dtype
         write_model_folder(self._folder, policy.bare, policy.tokenizer, dtype)
+        write_specs(self._folder, specs)
         on_cpu = current_platform.is_cpu()
         arguments = engine_arguments(
             config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu

@@ -30,7 +30,7 @@ _NEXT = {
     State.CLOSING_GATE: {State.ASLEEP, State.SYNCING, State.AWAKE},
     State.ASLEEP: {State.WAKING},
     State.WAKING: {State.SYNCING},
-    State.SYNCING: {State.AWAKE},
+    State.SYNCING: {State.AWAKE, State.ASLEEP},
     State.BROKEN: set(),
     State.CLOSED: set(),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rollout_server.engine.plan import Part, Piece
 from rollout_server.errors import NotAvailableError, UnsupportedModelError
 from rollout_server.weights import transport
 from rollout_server.weights.source import policy_tensors
@@ -48,7 +49,8 @@ def _sums(messages, answers):
     importer = Importer()
     while (message := messages.recv()) is not None:
         try:
-            answers.send({n: t.double().sum().item() for n, t in importer.open(message).items()})
+            pieces = importer.open(message).pieces
+            answers.send({p.name: p.tensor.double().sum().item() for p in pieces})
         except Exception as error:
             answers.send(error)
 
@@ -76,41 +78,46 @@ def tensors():
     return {"whole": base, "slice": base[1:3, 2:], "turned": base.t(), "half": base.bfloat16()}
 
 
+def whole(given, number=0):
+    """All tensors as one part."""
+    return Part(number, True, [Piece(name, 0, tensor) for name, tensor in given.items()])
+
+
 def expected(given):
     return {name: t.double().sum().item() for name, t in given.items()}
 
 
 def test_another_process_sees_the_same_memory(other_process):
     given, exporter = tensors(), Exporter()
-    assert other_process(exporter.export(given)) == expected(given)
+    assert other_process(exporter.export(whole(given))) == expected(given)
     given["whole"].add_(1)  # views of it change with it, in both processes
-    message = exporter.export(given)
-    assert len(message) < 64, "unmoved tensors are sent again"
+    message = exporter.export(whole(given))
+    assert len(message) < 128, "unmoved tensors are sent again"
     assert other_process(message) == expected(given)
     given["whole"].data = torch.ones(4, 6)  # what an optimizer wrapper may do
-    assert other_process(exporter.export(given)) == expected(given)
+    assert other_process(exporter.export(whole(given))) == expected(given)
 
 
 def test_without_room_in_shared_memory_a_copy_is_sent(other_process, monkeypatch):
     monkeypatch.setattr(transport.shutil, "disk_usage", lambda _: type("U", (), {"free": 0}))
     given, exporter = tensors(), Exporter()
-    assert other_process(exporter.export(given)) == expected(given)
+    assert other_process(exporter.export(whole(given))) == expected(given)
     assert not given["whole"].untyped_storage().is_shared()
     given["whole"].mul_(3)
-    assert other_process(exporter.export(given)) == expected(given)
+    assert other_process(exporter.export(whole(given))) == expected(given)
 
 
 def test_nothing_stays_in_shared_memory_by_name():
     before = set(os.listdir("/dev/shm"))
     given, exporter = tensors(), Exporter()
-    exporter.export(given)
+    exporter.export(whole(given))
     assert {n for n in set(os.listdir("/dev/shm")) - before if n.startswith("torch_")} == set()
 
 
 def test_handles_that_were_never_sent_are_an_error(other_process):
     given, exporter = tensors(), Exporter()
-    exporter.export(given)
-    assert "never sent" in str(other_process(exporter.export(given)))
+    exporter.export(whole(given))
+    assert "never sent" in str(other_process(exporter.export(whole(given))))
 
 
 def test_a_message_can_hold_nothing_but_handles():

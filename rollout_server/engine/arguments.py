@@ -12,6 +12,7 @@ GIB = 1 << 30
 # A socket's path may have 107 characters; vLLM's names have 36.
 _SOCKET_FOLDER = 107 - 36 - 1
 WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
+LOAD_FORMAT = "rollout_server"
 CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
 
 # How a chat template writes a tool call, and vLLM's parser of that form.
@@ -41,8 +42,9 @@ def engine_arguments(
         "model": folder,
         "tokenizer": folder,
         "served_model_name": names,
-        # Weights come from the trainer before the first request.
-        "load_format": "dummy",
+        # Weights come from the trainer before the first request: see loader.py.
+        "load_format": LOAD_FORMAT,
+        "model_loader_extra_config": {"folder": folder},
         "dtype": dtype,
         "seed": seed,
         # -1 fits the context to the KV cache.
@@ -65,6 +67,8 @@ def engine_arguments(
         }
     else:
         chosen |= {"enable_sleep_mode": config.colocate == "sleep"} | _gpu_memory(config)
+    if "load_format" in config.engine_args:
+        del chosen["model_loader_extra_config"]
     return chosen | dict(config.engine_args)
 
 

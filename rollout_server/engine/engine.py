@@ -80,6 +80,11 @@ class Engine:
         engine = cls(client, log, peak)
         try:
             engine.description = (await engine._on_workers("rollout_describe"))[0]
+            if refused := engine.description["refused"]:
+                raise UnsupportedModelError(
+                    "vLLM's model and the policy don't have the same tensors; attach a model whose "
+                    f"architecture vLLM implements as it is:\n{refused}"
+                )
         except BaseException:
             engine.close(timeout=5)
             raise
@@ -160,15 +165,27 @@ class Engine:
         """Bring the KV cache back; scheduling resumes with it."""
         await self._alive(self.client.wake_up(tags=["kv_cache"]))
 
-    async def load_weights(self, message: bytes, verify: bool) -> dict[str, Any]:
-        """Take the trainer's tensors; the first worker's report (see `WeightReceiver`)."""
-        reports = await self._on_workers("rollout_load", message, verify)
-        _require_same(reports)
-        return reports[0]
+    async def write_weights(self, message: bytes) -> dict[str, Any]:
+        """Copy a part of the trainer's tensors by the plan; see `WeightReceiver`."""
+        return await self._weights("rollout_write", message)
 
-    async def verify_weights(self, message: bytes) -> None:
-        """Compare with the trainer's tensors; `WeightSyncError` names those that differ."""
-        _require_same(await self._on_workers("rollout_verify", message))
+    async def reload_weights(
+        self, message: bytes, first: bool, last: bool, layerwise: bool
+    ) -> dict[str, Any]:
+        """Give a part of the trainer's tensors to vLLM's loader."""
+        return await self._weights("rollout_reload", message, first, last, layerwise)
+
+    async def compare_weights(self, message: bytes) -> list[str]:
+        """Names of the tensors, of a part, that differ from what the engine holds."""
+        return (await self._weights("rollout_compare", message))["mismatched"]
+
+    async def _weights(self, method: str, *args: Any) -> dict[str, Any]:
+        """The first worker's report; `WeightSyncError` if any failed."""
+        reports = await self._on_workers(method, *args)
+        for report in reports:
+            if "error" in report:
+                raise WeightSyncError(f"the engine couldn't take the weights:\n{report['error']}")
+        return reports[0]
 
     async def set_weight_version(self, version: int) -> None:
         await self._alive(compat.set_weight_version(self.client, version))
@@ -264,16 +281,6 @@ def _first_lines(text: str, count: int = 4) -> str:
 
 def _core_pids(client: Any) -> list[int]:
     return [p.pid for p in client.engine_core.resources.engine_manager.processes]
-
-
-def _require_same(reports: list[dict[str, Any]]) -> None:
-    for report in reports:
-        if "error" in report:
-            raise WeightSyncError(f"the engine couldn't take the weights:\n{report['error']}")
-        if differ := report.get("mismatched"):
-            raise WeightSyncError(
-                f"the engine's weights differ from the trainer's after the sync: {differ}"
-            )
 
 
 def _kill(processes: list[psutil.Process]) -> None:

@@ -1,4 +1,4 @@
-"""The folder that vLLM is started from: a config and a tokenizer, no weights.
+"""The folder that vLLM is started from: a config, a tokenizer, names and shapes; no weights.
 
 vLLM wants a path. What it reads there is written from the objects in memory, so a model that was
 never saved can be served; its weights arrive later, from the trainer.
@@ -6,9 +6,15 @@ never saved can be served; its weights arrive later, from the trainer.
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from rollout_server.engine.plan import TensorSpec
 from rollout_server.errors import UnsupportedModelError
+
+SPECS = "tensors.json"
 
 
 def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> None:
@@ -45,6 +51,24 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> Non
     _write(path, "generation_config.json", {} if ends is None else {"eos_token_id": ends})
 
 
-def _write(path: str, name: str, fields: dict) -> None:
+def write_specs(folder: str, specs: Mapping[str, TensorSpec]) -> None:
+    """Write what `read_specs` reads: the trainer's tensors, without their values."""
+    rows = [
+        [name, list(s.shape), str(s.dtype).removeprefix("torch."), s.is_buffer]
+        for name, s in specs.items()
+    ]
+    _write(folder, SPECS, rows)
+
+
+def read_specs(folder: str) -> dict[str, TensorSpec]:
+    """Name to shape and dtype of each of the trainer's tensors, in the trainer's order."""
+    with open(os.path.join(folder, SPECS), encoding="utf-8") as f:
+        return {
+            name: TensorSpec(tuple(shape), getattr(torch, dtype), is_buffer)
+            for name, shape, dtype, is_buffer in json.load(f)
+        }
+
+
+def _write(path: str, name: str, fields: Any) -> None:
     with open(os.path.join(path, name), "w", encoding="utf-8") as f:
         json.dump(fields, f, default=str)

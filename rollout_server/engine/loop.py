@@ -47,6 +47,11 @@ class LoopThread:
         Past `timeout` seconds the coroutine is cancelled and `DeadlineError` raised; a
         KeyboardInterrupt in the waiting thread cancels it too.
         """
+        future = self.submit(work, what)
+        return self.result(future, timeout, what)
+
+    def submit(self, work: Coroutine, what: str) -> concurrent.futures.Future:
+        """Have `work` run on the loop, and go on; `result` waits for it."""
         if threading.current_thread() is self._thread:
             work.close()
             raise StateError(
@@ -55,7 +60,10 @@ class LoopThread:
         if not self.alive or self._loop.is_closed():
             work.close()
             raise StateError(f"{what}: the server's thread has ended; attach() again")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def result(self, future: concurrent.futures.Future, timeout: float, what: str) -> Any:
+        """What `call` returns or raises, of something submitted before."""
         try:
             return future.result(timeout)
         except concurrent.futures.TimeoutError:

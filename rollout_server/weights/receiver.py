@@ -1,120 +1,124 @@
 """The engine's end of a weight sync: a worker extension, loaded by vLLM into its worker.
 
-Imports nothing of vLLM: it reaches the model through the worker that it becomes a part of.
+It reaches the model through the worker that it becomes a part of, and vLLM only to fall back on its
+layerwise reload.
 """
 
+import functools
 import os
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import rollout_server.engine.loader  # noqa: F401 - vLLM imports this module before it loads a model
+from rollout_server.engine.plan import Plan
 from rollout_server.engine.storages import flat, storages
-from rollout_server.weights.transport import Importer
+from rollout_server.weights.transport import Importer, Opened
+
+
+def _failing_as_text(method: Callable[..., dict]) -> Callable[..., dict]:
+    """Failures come back as {"error": traceback}: vLLM would end the engine on an exception."""
+
+    @functools.wraps(method)
+    def guarded(*args) -> dict:
+        try:
+            with torch.no_grad():
+                return method(*args)
+        except Exception:
+            return {"error": traceback.format_exc()}
+
+    return guarded
 
 
 class WeightReceiver:
-    """Methods that `collective_rpc` calls on every worker. Failures come back as text."""
+    """Methods that `collective_rpc` calls on every worker."""
 
     def rollout_describe(self) -> dict:
-        """Process id, device, and bytes of the weights and of the KV cache."""
+        """Process id, device, bytes of weights and KV cache, and how weights will come in.
+
+        "obstacles": why there is no plan, empty where there is one; "refused": what the model's
+        loader has against the trainer's tensors; "splittable", "dtypes": see `Plan`.
+        """
         model = self.get_model()
+        plan = getattr(model, "rollout_plan", None)
+        if plan is not None:
+            plan.obstacles += _repacked(model, plan)
+        usable = plan is not None and plan.usable
         return {
             "pid": os.getpid(),
             "device": str(next(model.parameters()).device),
             "weight_bytes": _bytes(model.parameters()),
             "kv_cache_bytes": _bytes(flat(getattr(self.model_runner, "kv_caches", []))),
+            "refused": getattr(model, "rollout_refusal", ""),
+            "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
+            "splittable": sorted(plan.splittable()) if usable else [],
+            "dtypes": {n: str(t) for n, t in plan.dtypes().items()} if usable else {},
         }
 
-    def rollout_load(self, message: bytes, verify: bool) -> dict:
-        """Take the trainer's tensors as the model's weights.
+    @_failing_as_text
+    def rollout_write(self, message: bytes) -> dict:
+        """Copy one part of the trainer's tensors to where the plan has them.
 
-        Returns {"bytes", "tensors"} of what was read, {"mismatched": names} if `verify` finds
-        a parameter that differs from what was sent, or {"error": traceback}.
+        Returns {"bytes", "tensors"} of what was read.
         """
-        try:
-            _require_plain_layers(self.get_model())
-            tensors = self._rollout_importer().open(message)
-            with torch.no_grad():
-                loaded = self.get_model().load_weights(iter(tensors.items()))
-            self._rollout_require_all(loaded)
-            _finish_device_work()
-            report = {
-                "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-                "tensors": len(tensors),
-            }
-            if verify:
-                report["mismatched"] = self._rollout_compare(tensors)
-            return report
-        except Exception:
-            return {"error": traceback.format_exc()}
+        opened = self._rollout_open(message)
+        to, sources = self._rollout_pairs(opened)
+        torch._foreach_copy_(to, sources)
+        if opened.number == 0:
+            self.get_model().rollout_plan.fill()
+        _finish_device_work()
+        return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
-    def rollout_verify(self, message: bytes) -> dict:
-        """Compare the model's weights with the trainer's tensors; writes nothing."""
-        try:
-            return {"mismatched": self._rollout_compare(self._rollout_importer().open(message))}
-        except Exception:
-            return {"error": traceback.format_exc()}
+    @_failing_as_text
+    def rollout_compare(self, message: bytes) -> dict:
+        """{"mismatched": names} of the tensors in one part that differ from the model's."""
+        plan = self.get_model().rollout_plan
+        return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
 
-    def _rollout_importer(self) -> Importer:
+    @_failing_as_text
+    def rollout_reload(self, message: bytes, first: bool, last: bool, layerwise: bool) -> dict:
+        """Give one part to vLLM's loader, between the `first` and the `last` of a sync; with
+        `layerwise`, layers are repacked as they get complete."""
+        from rollout_server.engine import reload
+
+        opened = self._rollout_open(message)
+        if layerwise:
+            reload.part(self, opened.pieces, first, last)
+        else:
+            self.get_model().load_weights((p.name, p.tensor) for p in opened.pieces)
+        _finish_device_work()
+        return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
+
+    def _rollout_open(self, message: bytes) -> Opened:
         if not hasattr(self, "_rollout_imported"):
             self._rollout_imported = Importer()
-        return self._rollout_imported
+        return self._rollout_imported.open(message)
 
-    def _rollout_require_all(self, loaded) -> None:
-        """A parameter that nobody sent would keep the random values the engine started with."""
-        if loaded is None:  # some models don't say
-            return
-        missing = [n for n, _ in self.get_model().named_parameters() if n not in loaded]
-        if missing:
-            raise ValueError(f"the trainer sent nothing for the engine's parameters {missing}")
-
-    def _rollout_compare(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        comparison = _Comparison(self.get_model())
-        with torch.no_grad(), comparison:
-            self.get_model().load_weights(comparison.named(tensors))
-        return comparison.mismatched
+    def _rollout_pairs(self, opened: Opened) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The plan's pairs for this part; made anew when the trainer's memory has moved."""
+        if not hasattr(self, "_rollout_paired"):
+            self._rollout_paired = {}
+        epoch, pairs = self._rollout_paired.get(opened.number, (None, None))
+        if epoch != opened.epoch:
+            pairs = self.get_model().rollout_plan.pairs(opened.pieces)
+            self._rollout_paired[opened.number] = opened.epoch, pairs
+        return pairs
 
 
-class _Comparison(TorchDispatchMode):
-    """Runs vLLM's own weight loader with each write into a parameter replaced by a comparison.
-
-    The loader knows where a tensor lands (fused, sliced, tied, cast), so nothing here has to.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self._storages = storages(model.parameters())
-        self._name = ""
-        self.mismatched: list[str] = []
-
-    def named(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        for self._name, tensor in tensors.items():
-            yield self._name, tensor
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.copy_.default:
-            to, source = args[:2]
-            if to.untyped_storage().data_ptr() in self._storages:
-                same = torch.equal(to, source.to(to.device, to.dtype).expand_as(to))
-                if not same and self._name not in self.mismatched:
-                    self.mismatched.append(self._name)
-                return to
-        return func(*args, **(kwargs or {}))
-
-
-def _require_plain_layers(model: torch.nn.Module) -> None:
-    """Layers that vLLM repacks after loading can't be written in place; comparing what was written
-    wouldn't show it."""
+def _repacked(model: torch.nn.Module, plan: Plan) -> list[str]:
+    """Obstacles that came after loading: vLLM has replaced or rearranged what was loaded."""
+    obstacles = [f"vLLM replaced {name} after loading it" for name in plan.stale(model)]
     for name, layer in model.named_modules():
         method = type(getattr(layer, "quant_method", None)).__name__
         plain = method.startswith("Unquantized") and "MoE" not in method
         if method != "NoneType" and not plain and any(True for _ in layer.parameters(False)):
-            raise NotImplementedError(
-                f"{name} is a {type(layer).__name__} with {method}, whose weights vLLM repacks; "
-                "this version serves dense models that aren't quantised"
+            obstacles.append(f"vLLM may rearrange {name} after loading ({method})")
+        elif "MLA" in type(layer).__name__ and hasattr(layer, "process_weights_after_loading"):
+            obstacles.append(
+                f"{name} ({type(layer).__name__}) computes weights from what is loaded"
             )
+    return obstacles
 
 
 def _finish_device_work() -> None:

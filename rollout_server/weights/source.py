@@ -1,13 +1,80 @@
 """The policy's weights by the names under which vLLM expects them."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from rollout_server.errors import NotAvailableError, UnsupportedModelError
+from rollout_server.engine.plan import Part, Piece, TensorSpec
+from rollout_server.errors import NotAvailableError, UnsupportedModelError, WeightSyncError
 
 # What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class Source:
+    """The policy's tensors as they are now. This one is for tensors that are there in full.
+
+    Attributes:
+        specs: name to shape and dtype of each tensor.
+        collective: whether all ranks must walk through `parts` together.
+    """
+
+    collective = False
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+        self.specs = {
+            name: TensorSpec(tuple(t.shape), t.dtype, not isinstance(t, torch.nn.Parameter))
+            for name, t in tensors.items()
+        }
+
+    def parts(self) -> Iterator[Part]:
+        """All tensors, part by part; a part may be overwritten when the next but one is asked for.
+
+        These are the live tensors: one part, and nothing is copied.
+        """
+        pieces = [Piece(name, 0, tensor.detach()) for name, tensor in self._tensors.items()]
+        yield Part(0, True, pieces)
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity."""
+        return not_finite(self._tensors.items())
+
+
+def source_of(model: Any) -> Source:
+    """The source that fits how `model` is wrapped."""
+    return Source(policy_tensors(model))
+
+
+def require_same(then: Mapping[str, TensorSpec], now: Mapping[str, TensorSpec]) -> None:
+    """`WeightSyncError` unless the policy has the tensors that the engine was started for."""
+    lines = [f"{name} is gone" for name in then.keys() - now.keys()]
+    lines += [f"{name} {now[name].shape} is new" for name in now.keys() - then.keys()]
+    for name in then.keys() & now.keys():
+        old, new = then[name], now[name]
+        if old.shape != new.shape:
+            lines.append(f"{name} had shape {old.shape}, has {new.shape}")
+        elif old.dtype != new.dtype:
+            lines.append(f"{name} had {old.dtype}, has {new.dtype}")
+    if lines:
+        raise WeightSyncError(
+            "the policy's tensors aren't those that the engine was started for; nothing was "
+            "written. close() the server and attach() again. " + "; ".join(sorted(lines))
+        )
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; reads each once, allocates nothing."""
+    names, extremes = [], []
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            names.append(name)
+            extremes += [bound.float() for bound in torch.aminmax(tensor.detach())]
+    if not names:
+        return []
+    finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()  # one synchronisation
+    return [name for name, good in zip(names, finite, strict=True) if not good]
 
 
 def bare_model(model: Any) -> torch.nn.Module:
@@ -22,7 +89,7 @@ def bare_model(model: Any) -> torch.nn.Module:
 
 
 def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Name to full tensor, of every parameter and persistent buffer, as a checkpoint names them.
+    """Name to tensor, of every parameter and persistent buffer, as a checkpoint names them.
 
     Tied tensors come once, under their first name, where the config says that they are tied.
     The tensors are the live ones: nothing is copied.
@@ -35,7 +102,7 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     for name, buffer in model.named_buffers():
         if name in persistent:
             found[name] = buffer
-    tensors = {_plain(name): tensor.detach() for name, tensor in found.items()}
+    tensors = {_plain(name): tensor for name, tensor in found.items()}
     if not tensors:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters to serve")
     for name, tensor in tensors.items():

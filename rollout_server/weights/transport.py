@@ -7,129 +7,169 @@ own reductions. Handles are made once and again only when a tensor's memory has 
 """
 
 import io
+import math
 import os
 import pickle
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from rollout_server.engine.plan import Part, Piece
 
 _SHM = "/dev/shm"
 
 
 @dataclass(frozen=True)
-class _SharedMemory:
-    """A tensor in shared memory: descriptor `fd` of process `pid`, and where in it."""
+class SharedMemory:
+    """A storage in shared memory: descriptor `fd` of process `pid`."""
 
     pid: int
     fd: int
     nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
 
-    def open(self) -> torch.Tensor:
+    def open(self) -> torch.UntypedStorage:
         fd = os.open(f"/proc/{self.pid}/fd/{self.fd}", os.O_RDWR)
         try:
-            storage = torch.UntypedStorage._new_shared_fd_cpu(fd, self.nbytes)
+            return torch.UntypedStorage._new_shared_fd_cpu(fd, self.nbytes)
         finally:
             os.close(fd)
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True)
-class _CudaIpc:
-    """A tensor on a GPU: a rebuild function of torch and its arguments."""
+class CudaIpc:
+    """A storage on a GPU: a rebuild function of torch and its arguments."""
 
     rebuild: object
     arguments: tuple
 
-    def open(self) -> torch.Tensor:
+    def open(self) -> torch.UntypedStorage:
         arguments = list(self.arguments)
         arguments[6] = torch.cuda.current_device()  # the same GPU may have another index here
-        return self.rebuild(*arguments)
+        try:
+            return self.rebuild(*arguments).untyped_storage()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"CUDA refuses to open the trainer's memory ({error}); if the trainer runs with "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set that to False"
+            ) from error
+
+
+class _View(NamedTuple):
+    """A piece as a contiguous view of one of the storages that go with it."""
+
+    name: str
+    row: int
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def of(self, storages: list[torch.UntypedStorage]) -> Piece:
+        storage = storages[self.storage]
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        strides = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
+        return Piece(self.name, self.row, empty.set_(storage, self.offset, self.shape, strides))
+
+
+class Opened(NamedTuple):
+    """What a message brought: `pieces` of the part `number`, the same objects in every `epoch`."""
+
+    number: int
+    epoch: int
+    pieces: list[Piece]
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.tensor.numel() * p.tensor.element_size() for p in self.pieces)
+
+
+@dataclass
+class _Exported:
+    """What the engine has been told of one part."""
+
+    epoch: int
+    key: tuple
+    staged: dict[int, torch.Tensor]
 
 
 class Exporter:
     """The trainer's side. Not thread-safe: used by one transition at a time."""
 
     def __init__(self):
+        self._parts: dict[int, _Exported] = {}
         self._epoch = 0
-        self._key: tuple | None = None
-        self._staged: dict[str, torch.Tensor] = {}
 
-    def export(self, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    def export(self, part: Part) -> bytes:
         """A message for `Importer.open`; small where nothing has moved since the last one.
 
-        The caller's device work that wrote the tensors must be done or is waited for here.
+        The device work that wrote the tensors is waited for here.
         """
-        key = tuple((name, _place(t)) for name, t in tensors.items())
-        if key != self._key:
-            self._staged = {}
-            handles = [(name, self._handle(name, t)) for name, t in tensors.items()]
-            self._epoch += 1
-            # Sharing moves a storage, so its place is known only now.
-            self._key = tuple((name, _place(t)) for name, t in tensors.items())
+        pieces = part.pieces
+        sent = self._parts.get(part.number)
+        if sent is None or sent.key != _places(pieces):
+            sent, handles = self._share(pieces)
+            self._parts[part.number] = sent
         else:
             handles = None
-        for name, copy in self._staged.items():
-            copy.copy_(tensors[name])
-        if any(t.is_cuda for t in tensors.values()):
+        for index, copy in sent.staged.items():
+            copy.copy_(pieces[index].tensor)
+        if pieces[0].tensor.is_cuda:
             torch.cuda.synchronize()
-        return pickle.dumps((self._epoch, handles))
+        return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
     def forget(self) -> None:
         """Send all handles next time: the engine is a new one."""
-        self._key = None
+        self._parts = {}
 
-    def _handle(self, name: str, tensor: torch.Tensor):
-        tensor = tensor.detach()
-        if tensor.is_cuda:
-            from torch.multiprocessing.reductions import reduce_tensor
-
-            return _CudaIpc(*reduce_tensor(tensor))
+    def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, tuple[list, list[_View]]]:
         _allow_many_descriptors()
-        storage = tensor.untyped_storage()
-        fd = -1
-        if storage.is_shared() or shutil.disk_usage(_SHM).free > 2 * storage.nbytes():
-            fd, _ = storage._share_fd_cpu_()
-        if fd < 0:
-            # No room there (containers often have 64 MiB), or shared by name: a copy, in
-            # anonymous memory.
-            tensor = self._staged[name] = _anonymous_copy(tensor)
-            fd, _ = tensor.untyped_storage()._share_fd_cpu_()
-        return _SharedMemory(
-            pid=os.getpid(),
-            fd=fd,
-            nbytes=tensor.untyped_storage().nbytes(),
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
-            stride=tuple(tensor.stride()),
-            offset=tensor.storage_offset(),
-        )
+        self._epoch += 1
+        staged: dict[int, torch.Tensor] = {}
+        places: dict[int, int] = {}
+        storages, views = [], []
+        for index, (name, row, tensor) in enumerate(pieces):
+            tensor = tensor.detach()
+            if not tensor.is_contiguous() or not _in_shared_memory(tensor):
+                tensor = staged[index] = shared_empty(tensor.shape, tensor.dtype, tensor.device)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in places:
+                places[storage.data_ptr()] = len(storages)
+                storages.append(handle(storage))
+            place = places[storage.data_ptr()]
+            views.append(
+                _View(name, row, place, tensor.dtype, tuple(tensor.shape), tensor.storage_offset())
+            )
+        # Sharing moves a storage, so its place is known only now.
+        return _Exported(self._epoch, _places(pieces), staged), (storages, views)
 
 
 class Importer:
     """The engine's side: keeps what it has opened until the trainer sends other handles."""
 
     def __init__(self):
-        self._epoch = 0
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._parts: dict[int, Opened] = {}
 
-    def open(self, message: bytes) -> dict[str, torch.Tensor]:
-        """The trainer's tensors by name. They are the trainer's memory: read only."""
-        epoch, handles = _Unpickler(io.BytesIO(message)).load()
+    def open(self, message: bytes) -> Opened:
+        """The trainer's tensors. They are the trainer's memory: read only."""
+        version, number, epoch, handles = _Unpickler(io.BytesIO(message)).load()
+        if version != torch.__version__:
+            raise RuntimeError(
+                f"the trainer has torch {version}, the engine {torch.__version__}: handles of "
+                "tensors can't be passed between them; install one torch for both"
+            )
         if handles is not None:
-            self._tensors = {}  # let go of the old memory first
+            self._parts.pop(number, None)  # let go of the old memory first
             _allow_many_descriptors()
-            self._tensors = {name: handle.open() for name, handle in handles}
-            self._epoch = epoch
-        elif epoch != self._epoch:
+            storages = [handle.open() for handle in handles[0]]
+            self._parts[number] = Opened(number, epoch, [view.of(storages) for view in handles[1]])
+        opened = self._parts.get(number)
+        if opened is None or opened.epoch != epoch:
             raise RuntimeError(f"handles of export {epoch} were never sent here")
-        return self._tensors
+        return opened
 
 
 class _Unpickler(pickle.Unpickler):
@@ -141,24 +181,54 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} isn't part of a tensor handle")
 
 
-def _place(tensor: torch.Tensor) -> tuple:
-    storage = tensor.untyped_storage()
-    return (
-        str(tensor.device), storage.data_ptr(), storage.nbytes(), tensor.storage_offset(),
-        tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype,
-    )  # fmt: skip
-
-
-def _anonymous_copy(tensor: torch.Tensor) -> torch.Tensor:
+def shared_empty(
+    shape: Iterable[int], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """An uninitialised contiguous tensor in memory that `handle` can share."""
+    shape = tuple(shape)
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Anonymous memory: /dev/shm has 64 MiB in many containers.
     fd = os.memfd_create("rollout_server")
     try:
-        nbytes = max(tensor.numel() * tensor.element_size(), 1)
+        nbytes = max(math.prod(shape) * dtype.itemsize, 1)
         os.ftruncate(fd, nbytes)
         storage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)
     finally:
         os.close(fd)
-    copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
-    return copy.copy_(tensor)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def handle(storage: torch.UntypedStorage) -> SharedMemory | CudaIpc:
+    """What another process opens a storage with; valid while the storage lives."""
+    if storage.device.type == "cpu":
+        return SharedMemory(os.getpid(), storage._share_fd_cpu_()[0], storage.nbytes())
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return CudaIpc(*reduce_tensor(flat))
+
+
+def _in_shared_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's storage can be opened elsewhere; moves it there if there is room."""
+    storage = tensor.untyped_storage()
+    if storage.device.type != "cpu":
+        return True
+    if not storage.is_shared() and shutil.disk_usage(_SHM).free < 2 * storage.nbytes():
+        return False
+    return storage._share_fd_cpu_()[0] >= 0  # -1: shared by name, by someone else
+
+
+def _places(pieces: Sequence[Piece]) -> tuple:
+    return tuple((name, row, *_place(tensor)) for name, row, tensor in pieces)
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    storage = tensor.untyped_storage()
+    return (
+        tensor.device, storage.data_ptr(), storage.nbytes(), tensor.storage_offset(),
+        tensor.shape, tensor.stride(), tensor.dtype,
+    )  # fmt: skip
 
 
 def _allow_many_descriptors() -> None:

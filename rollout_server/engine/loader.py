@@ -1,0 +1,65 @@
+"""vLLM's model loader, for a model whose checkpoint is the trainer. Runs in the engine's process.
+
+It is told the names and shapes of the trainer's tensors, fills the model through vLLM's own loader
+with random numbers, and has the plan of every later sync recorded on the way. The plan is proven on
+those numbers: they are drawn again, and each must be where the plan says. This happens before vLLM
+wraps, repacks or captures anything.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+from rollout_server.engine.arguments import LOAD_FORMAT
+from rollout_server.engine.folder import read_specs
+from rollout_server.engine.plan import Piece, Plan, TensorSpec, record
+
+
+@register_model_loader(LOAD_FORMAT)
+class PolicyLoader(DummyModelLoader):
+    """`model_loader_extra_config`: {"folder": where `write_specs` wrote to}.
+
+    Leaves on the model `rollout_plan`, a `Plan`, or `rollout_refusal`, the text of an error.
+    """
+
+    def __init__(self, load_config: Any):
+        BaseModelLoader.__init__(self, load_config)  # Dummy's own refuses an extra config
+        self._specs = read_specs(load_config.model_loader_extra_config["folder"])
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        try:
+            device = next(model.parameters()).device
+            plan = record(model, self._specs, _random(self._specs, device), write=True)
+            if plan.usable:
+                plan.obstacles += _disproved(plan, device)
+            model.rollout_plan = plan
+        except ValueError as error:
+            model.rollout_refusal = str(error)
+            return
+        if not plan.usable:
+            super().load_weights(model, model_config)
+
+
+def _random(
+    specs: Mapping[str, TensorSpec], device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Small random numbers of each tensor's shape and dtype; the same ones each time."""
+    generator = torch.Generator(device)
+    for name, spec in specs.items():
+        tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        if spec.dtype.is_floating_point:
+            tensor.uniform_(-1e-3, 1e-3, generator=generator.manual_seed(zlib.crc32(name.encode())))
+        yield name, tensor
+
+
+def _disproved(plan: Plan, device: torch.device) -> list[str]:
+    return [
+        f"{name} isn't where the plan says"
+        for name, tensor in _random(plan.specs, device)
+        if plan.mismatched([Piece(name, 0, tensor)])
+    ]

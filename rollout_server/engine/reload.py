@@ -1,0 +1,51 @@
+"""vLLM's layerwise reload, for layers that it repacks after loading. Runs in the engine's process.
+
+Tensors are kept by vLLM until their layer is complete, so what may be overwritten meanwhile is
+copied, and pieces are put together first.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from rollout_server.engine.plan import Piece, TensorSpec
+
+
+def part(worker: Any, pieces: Sequence[Piece], first: bool, last: bool) -> None:
+    """Load `pieces`, which are all there is if they are both the `first` and the `last`."""
+    model = worker.get_model()
+    device = next(model.parameters()).device
+    with torch.device(device):
+        if first:
+            worker.rollout_assembly = {}
+            initialize_layerwise_reload(model)
+        alone = first and last
+        specs = {} if alone else model.rollout_plan.specs
+        model.load_weights(_whole(pieces, specs, worker.rollout_assembly))
+        if last:
+            left = worker.rollout_assembly
+            del worker.rollout_assembly
+            finalize_layerwise_reload(model, worker.model_runner.model_config)
+            if left:
+                raise RuntimeError(f"only pieces came of {sorted(left)}")
+
+
+def _whole(
+    pieces: Sequence[Piece], specs: dict[str, TensorSpec], assembly: dict[str, list]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, row, tensor in pieces:
+        shape = specs[name].shape if name in specs else tensor.shape
+        if tuple(tensor.shape) == tuple(shape):
+            yield name, tensor.clone() if specs else tensor
+            continue
+        whole, rows = assembly.setdefault(name, [tensor.new_empty(shape), 0])
+        whole[row : row + tensor.shape[0]] = tensor
+        assembly[name][1] = rows + tensor.shape[0]
+        if assembly[name][1] == shape[0]:
+            del assembly[name]
+            yield name, whole
