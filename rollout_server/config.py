@@ -160,11 +160,6 @@ class RolloutConfig:
         return 2 * steps
 
     def _refuse_what_is_not_there_yet(self):
-        if self.colocate == "share":
-            raise NotAvailableError(
-                "colocate='share' isn't available in this version; use colocate='sleep' or "
-                "colocate='resident'"
-            )
         if self.offload_optimizer:
             raise NotAvailableError(
                 "offload_optimizer=True isn't available in this version; leave it False"

@@ -36,6 +36,8 @@ from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
+from rollout_server.weights.shared import SharedWeights
+from rollout_server.weights.source import Source
 
 
 class RolloutServer:
@@ -58,25 +60,27 @@ class RolloutServer:
         self._on_close: list[Callable[[], None]] = []
         progress = Progress(config.progress)
 
-        specs = policy.source().specs  # first, since it is where a policy is refused
+        source = policy.source()  # first, since it is where a policy is refused
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
         self._sock = listen(config.host, config.port)
         self._port = self._sock.getsockname()[1]
         self._folder = tempfile.mkdtemp(prefix="rollout_server-")
+        self._shared = SharedWeights() if config.colocate == "share" else None
         self._loop = LoopThread()
         atexit.register(self.close)
         try:
-            with progress.step(f"starting the engine (vLLM {version})"):
-                self._loop.call(
-                    self._start_engine(specs), config.start_timeout, "starting the engine"
-                )
+            with progress.step(f"starting the engine (vLLM {version})"), self._sharing(source):
+                start = self._start_engine(source.specs)
+                self._loop.call(start, config.start_timeout, "starting the engine")
             with progress.step("taking the policy's weights"):
                 self._sync = WeightSync(
-                    policy, config, self._loop, self._engine, self._lifecycle, specs
-                )
+                    policy, config, self._loop, self._engine, self._lifecycle, source.specs,
+                    self._shared,
+                )  # fmt: skip
                 self._sync.push()
+                self._rest_while_stepping()
             with progress.step("sampling a first token"):
                 self._try_out()
             with progress.step("opening the endpoint"):
@@ -331,6 +335,21 @@ class RolloutServer:
         return shown
 
     # -- the beginning --------------------------------------------------------------------------
+
+    def _sharing(self, source: Source) -> contextlib.AbstractContextManager:
+        if self._shared is None:
+            return contextlib.nullcontext()
+        return self._shared.answering(self._folder, source.tensors)
+
+    def _rest_while_stepping(self) -> None:
+        """With common memory, an optimizer step finds the engine asleep."""
+        if self._shared is not None:
+
+            def rest():
+                if self.state is not State.ASLEEP:
+                    self.sleep()
+
+            self.call_on_close(self._shared.before_each_step(rest))
 
     async def _start_engine(self, specs: Mapping[str, TensorSpec]) -> None:
         from vllm.platforms import current_platform

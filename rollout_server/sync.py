@@ -15,17 +15,21 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rollout_server.config import RolloutConfig
 from rollout_server.engine.engine import Engine
 from rollout_server.engine.loop import LoopThread
+from rollout_server.engine.plan import TensorSpec
 from rollout_server.errors import ConfigError, DeadlineError, NotAvailableError, WeightSyncError
 from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
+from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.source import Source, require_same
 from rollout_server.weights.transport import Exporter
 
@@ -39,9 +43,9 @@ class SyncReport:
         bytes: how much was copied into the engine, as it is in the trainer.
         seconds: from the call until requests flowed again.
         wake_seconds: of these, those that waking took; 0 if the engine was awake.
-        path: how the weights went. "plan": copied to where they are used; "layerwise": vLLM's
-            layerwise reload; "load_weights": vLLM's loader.
-        reason: why that path, where it isn't "plan".
+        path: how the weights went. "plan": copied to where they are used; "share": they are there
+            already; "layerwise": vLLM's layerwise reload; "load_weights": vLLM's loader.
+        reason: why one of the last two.
         tensors: number of tensors, or of pieces of them.
         verified: whether what the engine holds was compared with the policy.
     """
@@ -66,18 +70,24 @@ class WeightSync:
         loop: LoopThread,
         engine: Engine,
         lifecycle: Lifecycle,
-        specs: dict[str, Any],
+        specs: Mapping[str, TensorSpec],
+        shared: SharedWeights | None,
     ):
-        """specs: the tensors that the engine was started for."""
+        """specs: the tensors that the engine was started for; shared: the memory that it has in
+        common with the policy, with colocate="share"."""
         self._policy = policy
         self._config = config
         self._loop = loop
         self._lifecycle = lifecycle
         self._specs = specs
+        self._shared = shared
         self._exporter = Exporter()
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
-        self.path, self.reason = _path(config, engine.description["obstacles"])
+        if shared is not None:
+            self.path, self.reason = "share", ""
+        else:
+            self.path, self.reason = _path(config, engine.description["obstacles"])
 
     def push(self) -> SyncReport:
         """Give the engine the policy's weights as they are now; wakes it if it sleeps."""
@@ -87,7 +97,7 @@ class WeightSync:
             source = self._look(verify)
             sync = self._call(self._lifecycle.begin_sync())
             try:
-                size, tensors = self._write(source, sync)
+                size, tensors = self._put(source, sync)
                 if verify:
                     self._compare(source, sync.read)
                 version = self._call(sync.commit())
@@ -103,12 +113,12 @@ class WeightSync:
             path=self.path,
             reason=self.reason,
             tensors=tensors,
-            verified=verify,
+            verified=verify and self._comparable,
         )
 
     def verify(self) -> None:
         """Compare what the engine holds with the policy; `WeightSyncError` names differences."""
-        if self.path != "plan":
+        if not self._comparable:
             raise NotAvailableError(
                 "the engine's weights can't be compared with the policy's: they went the way of "
                 f"{self.path!r} ({self.reason}), which may rearrange them"
@@ -129,8 +139,17 @@ class WeightSync:
             )
         return source
 
+    def _put(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
+        """(bytes, tensors) that were copied."""
+        if self._shared is None:
+            return self._write(source, sync)
+        moved, number = self._shared.refresh(source.tensors)
+        rest, others = self._write(self._shared.rest(source), sync)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what the trainer has written is there
+        return moved + rest, number + others
+
     def _write(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        """(bytes, tensors) written."""
         running: deque[Future] = deque()
         size = tensors = 0
 
@@ -150,22 +169,28 @@ class WeightSync:
         return size, tensors
 
     def _writing(self, message: bytes, first: bool, last: bool) -> Callable[[Engine], Any]:
-        if self.path == "plan":
+        if self.path in ("plan", "share"):
             return lambda engine: engine.write_weights(message)
         layerwise = self.path == "layerwise"
         return lambda engine: engine.reload_weights(message, first, last, layerwise)
 
     def _compare(self, source: Source, read: Callable) -> None:
-        if self.path != "plan":
+        if not self._comparable:
             return
         differ: list[str] = []
         for part in source.parts():
             message = self._exporter.export(part)
             differ += self._call(read(lambda engine, m=message: engine.compare_weights(m)))
+        if self._shared is not None:
+            self._exporter.forget()  # so does the engine
         if differ:
             raise WeightSyncError(
                 f"the engine's weights differ from the trainer's in {list(dict.fromkeys(differ))}"
             )
+
+    @property
+    def _comparable(self) -> bool:
+        return self.path in ("plan", "share")
 
     async def _read(self, work: Callable) -> Any:
         async with self._lifecycle.reading() as engine:

@@ -44,7 +44,7 @@ def engine_arguments(
         "served_model_name": names,
         # Weights come from the trainer before the first request: see loader.py.
         "load_format": LOAD_FORMAT,
-        "model_loader_extra_config": {"folder": folder},
+        "model_loader_extra_config": {"folder": folder, "share": config.colocate == "share"},
         "dtype": dtype,
         "seed": seed,
         # -1 fits the context to the KV cache.
@@ -66,7 +66,7 @@ def engine_arguments(
             "kv_cache_memory_bytes": _cpu_kv_cache(config),
         }
     else:
-        chosen |= {"enable_sleep_mode": config.colocate == "sleep"} | _gpu_memory(config)
+        chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(config)
     if "load_format" in config.engine_args:
         del chosen["model_loader_extra_config"]
     return chosen | dict(config.engine_args)

@@ -77,6 +77,18 @@ def request_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, vllm.exceptions.VLLMValidationError, client_error)
 
 
+async def pause(client: Any) -> None:
+    """Freeze running requests and clear all caches.
+
+    `AsyncLLM.pause_generation(mode="keep")` without the 20 ms that it sleeps at its end for the
+    order of events that its caller sees; requests that are frozen have no last outputs to wait for.
+    """
+    await client.renderer.clear_mm_cache_async()
+    core = client.engine_core
+    paused = getattr(core, "pause_generation_async", None) or core.pause_scheduler_async  # 0.33
+    await paused(mode="keep", clear_cache=True)
+
+
 async def set_weight_version(client: Any, version: int) -> None:
     """Tell the engine the policy version, for the spans in its outputs (0.29 and later)."""
     if hasattr(client, "update_weight_version"):

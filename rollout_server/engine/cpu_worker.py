@@ -39,9 +39,11 @@ class CpuWorker(CPUWorker):
 
     def _storages(self) -> list[torch.UntypedStorage]:
         """Each storage of a parameter or of the KV cache, once. Buffers stay: no sync brings
-        those back that a model computes for itself."""
+        those back that a model computes for itself. So do parameters that are the trainer's."""
         model = self.model_runner.get_model()
-        released = storages([*model.parameters(), *flat(self.model_runner.kv_caches)])
+        shared = getattr(model, "rollout_shared", False)
+        parameters = [] if shared else model.parameters()
+        released = storages([*parameters, *flat(self.model_runner.kv_caches)])
         kept = storages(model.buffers())
         return [storage for at, storage in released.items() if at not in kept]
 

@@ -85,6 +85,11 @@ class Engine:
                     "vLLM's model and the policy don't have the same tensors; attach a model whose "
                     f"architecture vLLM implements as it is:\n{refused}"
                 )
+            if why := engine.description["unshareable"]:
+                raise ConfigError(
+                    f"colocate='share' isn't possible: {why}. Load the policy in the dtype that "
+                    "the engine computes in, or use colocate='sleep'"
+                )
         except BaseException:
             engine.close(timeout=5)
             raise
@@ -149,7 +154,7 @@ class Engine:
 
     async def pause(self) -> None:
         """Freeze running requests and forget all caches; what was computed for them as well."""
-        await self._alive(self.client.pause_generation(mode="keep", clear_cache=True))
+        await self._alive(compat.pause(self.client))
 
     async def resume(self) -> None:
         await self._alive(self.client.resume_generation())

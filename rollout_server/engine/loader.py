@@ -2,8 +2,9 @@
 
 It is told the names and shapes of the trainer's tensors, fills the model through vLLM's own loader
 with random numbers, and has the plan of every later sync recorded on the way. The plan is proven on
-those numbers: they are drawn again, and each must be where the plan says. This happens before vLLM
-wraps, repacks or captures anything.
+those numbers: they are drawn again, and each must be where the plan says. Or it makes the trainer's
+memory the model's own (see sharing.py). This happens before vLLM wraps, repacks or captures
+anything.
 """
 
 import zlib
@@ -15,6 +16,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+from rollout_server.engine import sharing
 from rollout_server.engine.arguments import LOAD_FORMAT
 from rollout_server.engine.folder import read_specs
 from rollout_server.engine.plan import Piece, Plan, TensorSpec, record
@@ -22,16 +24,42 @@ from rollout_server.engine.plan import Piece, Plan, TensorSpec, record
 
 @register_model_loader(LOAD_FORMAT)
 class PolicyLoader(DummyModelLoader):
-    """`model_loader_extra_config`: {"folder": where `write_specs` wrote to}.
+    """`model_loader_extra_config`: {"folder": where `write_specs` wrote to, "share": bool}.
 
-    Leaves on the model `rollout_plan`, a `Plan`, or `rollout_refusal`, the text of an error.
+    Leaves on the model `rollout_plan`, a `Plan`, or the text of an error: `rollout_refusal` where
+    the model and the trainer's tensors don't fit, `rollout_unshareable` where they can't be one.
+    With "share", `rollout_shared` is true and the parameters are the trainer's memory.
     """
 
     def __init__(self, load_config: Any):
         BaseModelLoader.__init__(self, load_config)  # Dummy's own refuses an extra config
-        self._specs = read_specs(load_config.model_loader_extra_config["folder"])
+        extra = load_config.model_loader_extra_config
+        self._folder, self._share = extra["folder"], extra["share"]
+        self._specs = read_specs(self._folder)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        if self._share:
+            self._share_weights(model)
+        else:
+            self._fill_weights(model, model_config)
+
+    def _share_weights(self, model: torch.nn.Module) -> None:
+        try:
+            plan = record(model, self._specs, _empty(self._specs), write=False)
+        except ValueError as error:
+            model.rollout_refusal = str(error)
+            return
+        try:
+            wanted = sharing.layout(model, plan)
+        except ValueError as error:
+            model.rollout_unshareable = str(error)
+            return
+        sharing.bind(model, self._folder, wanted)
+        # Once more, for the memory that the parameters have now.
+        model.rollout_plan = record(model, self._specs, _empty(self._specs), write=False)
+        model.rollout_shared = True
+
+    def _fill_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         try:
             device = next(model.parameters()).device
             plan = record(model, self._specs, _random(self._specs, device), write=True)
@@ -43,6 +71,12 @@ class PolicyLoader(DummyModelLoader):
             return
         if not plan.usable:
             super().load_weights(model, model_config)
+
+
+def _empty(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the trainer's shapes and dtypes, without values."""
+    for name, spec in specs.items():
+        yield name, torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
 
 def _random(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 import rollout_server.engine.loader  # noqa: F401 - vLLM imports this module before it loads a model
+from rollout_server.engine.copying import Copier
 from rollout_server.engine.plan import Plan
 from rollout_server.engine.storages import flat, storages
 from rollout_server.weights.transport import Importer, Opened
@@ -37,20 +38,23 @@ class WeightReceiver:
     def rollout_describe(self) -> dict:
         """Process id, device, bytes of weights and KV cache, and how weights will come in.
 
-        "obstacles": why there is no plan, empty where there is one; "refused": what the model's
-        loader has against the trainer's tensors; "splittable", "dtypes": see `Plan`.
+        "obstacles": why there is no plan, empty where there is one; "refused", "unshareable": see
+        `PolicyLoader`; "splittable", "dtypes": see `Plan`. Weights that are the trainer's memory
+        count 0 bytes.
         """
         model = self.get_model()
         plan = getattr(model, "rollout_plan", None)
         if plan is not None:
             plan.obstacles += _repacked(model, plan)
         usable = plan is not None and plan.usable
+        shared = getattr(model, "rollout_shared", False)
         return {
             "pid": os.getpid(),
             "device": str(next(model.parameters()).device),
-            "weight_bytes": _bytes(model.parameters()),
+            "weight_bytes": 0 if shared else _bytes(model.parameters()),
             "kv_cache_bytes": _bytes(flat(getattr(self.model_runner, "kv_caches", []))),
             "refused": getattr(model, "rollout_refusal", ""),
+            "unshareable": getattr(model, "rollout_unshareable", ""),
             "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
             "splittable": sorted(plan.splittable()) if usable else [],
             "dtypes": {n: str(t) for n, t in plan.dtypes().items()} if usable else {},
@@ -63,8 +67,7 @@ class WeightReceiver:
         Returns {"bytes", "tensors"} of what was read.
         """
         opened = self._rollout_open(message)
-        to, sources = self._rollout_pairs(opened)
-        torch._foreach_copy_(to, sources)
+        self._rollout_copier(opened).run()
         if opened.number == 0:
             self.get_model().rollout_plan.fill()
         _finish_device_work()
@@ -73,8 +76,12 @@ class WeightReceiver:
     @_failing_as_text
     def rollout_compare(self, message: bytes) -> dict:
         """{"mismatched": names} of the tensors in one part that differ from the model's."""
-        plan = self.get_model().rollout_plan
-        return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
+        model = self.get_model()
+        opened = self._rollout_open(message)
+        mismatched = model.rollout_plan.mismatched(opened.pieces)
+        if getattr(model, "rollout_shared", False):
+            self._rollout_imported = Importer()  # don't keep what is mapped already
+        return {"mismatched": mismatched}
 
     @_failing_as_text
     def rollout_reload(self, message: bytes, first: bool, last: bool, layerwise: bool) -> dict:
@@ -95,15 +102,15 @@ class WeightReceiver:
             self._rollout_imported = Importer()
         return self._rollout_imported.open(message)
 
-    def _rollout_pairs(self, opened: Opened) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The plan's pairs for this part; made anew when the trainer's memory has moved."""
-        if not hasattr(self, "_rollout_paired"):
-            self._rollout_paired = {}
-        epoch, pairs = self._rollout_paired.get(opened.number, (None, None))
+    def _rollout_copier(self, opened: Opened) -> Copier:
+        """What copies this part; made anew when the trainer's memory has moved."""
+        if not hasattr(self, "_rollout_copiers"):
+            self._rollout_copiers = {}
+        epoch, copier = self._rollout_copiers.get(opened.number, (None, None))
         if epoch != opened.epoch:
-            pairs = self.get_model().rollout_plan.pairs(opened.pieces)
-            self._rollout_paired[opened.number] = opened.epoch, pairs
-        return pairs
+            copier = Copier(*self.get_model().rollout_plan.pairs(opened.pieces))
+            self._rollout_copiers[opened.number] = opened.epoch, copier
+        return copier
 
 
 def _repacked(model: torch.nn.Module, plan: Plan) -> list[str]:

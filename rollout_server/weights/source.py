@@ -29,13 +29,23 @@ class Source:
             for name, t in tensors.items()
         }
 
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The live tensors by name."""
+        return self._tensors
+
+    def only(self, names: Iterable[str]) -> "Source":
+        """The source of some of the tensors."""
+        return Source({name: self._tensors[name] for name in names})
+
     def parts(self) -> Iterator[Part]:
         """All tensors, part by part; a part may be overwritten when the next but one is asked for.
 
         These are the live tensors: one part, and nothing is copied.
         """
         pieces = [Piece(name, 0, tensor.detach()) for name, tensor in self._tensors.items()]
-        yield Part(0, True, pieces)
+        if pieces:
+            yield Part(0, True, pieces)
 
     def not_finite(self) -> list[str]:
         """Names of the tensors that hold a NaN or an infinity."""
@@ -97,12 +107,16 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     model = bare_model(model)
     _refuse_what_is_not_there_yet(model)
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    found = dict(model.named_parameters(remove_duplicate=tied))
-    persistent = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if name in persistent:
-            found[name] = buffer
-    tensors = {_plain(name): tensor for name, tensor in found.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():  # one walk: this runs at every sync
+        derived = module._non_persistent_buffers_set
+        named = [*module._parameters.items(), *module._buffers.items()]
+        for name, tensor in named:
+            if tensor is None or name in derived or (tied and id(tensor) in seen):
+                continue
+            seen.add(id(tensor))
+            tensors[_plain(f"{path}.{name}" if path else name)] = tensor
     if not tensors:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters to serve")
     for name, tensor in tensors.items():

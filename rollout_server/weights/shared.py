@@ -1,0 +1,124 @@
+"""`colocate="share"`: the trainer's side of one memory for both (see `engine/sharing.py`).
+
+The policy's parameters stay the same objects; their `data` becomes views of memory that is laid out
+as the engine computes with it. An optimizer step writes there, so the engine must be at rest then.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from rollout_server.engine.sharing import ADDRESS, Layout
+from rollout_server.weights.source import Source
+from rollout_server.weights.transport import handle, shared_empty
+
+
+class SharedWeights:
+    """The memory that the policy and the engine have in common; empty until the engine asks."""
+
+    def __init__(self):
+        self._views: dict[str, torch.Tensor] = {}
+        self.copied: list[str] = []
+
+    @contextlib.contextmanager
+    def answering(self, folder: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """While the engine starts: move `tensors` to where it asks, and tell it the handles.
+
+        folder: of the server; takes the address and its key.
+        """
+        key = secrets.token_bytes(32)
+        address = f"\0rollout_server-{secrets.token_hex(16)}"  # abstract: no file, any length
+        with Listener(address, "AF_UNIX", authkey=key) as listener:
+            path = os.path.join(folder, ADDRESS)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as f:
+                json.dump({"address": address, "key": key.hex()}, f)
+            answer = threading.Thread(target=self._answer, args=(listener, tensors), daemon=True)
+            answer.start()
+            try:
+                yield
+            finally:
+                os.remove(path)
+                if answer.is_alive():  # nobody has asked: the engine didn't come that far
+                    with contextlib.suppress(Exception):
+                        Client(address, "AF_UNIX", authkey=key).close()
+
+    def _answer(self, listener: Listener, tensors: Mapping[str, torch.Tensor]) -> None:
+        with contextlib.suppress(OSError, EOFError), listener.accept() as engine:
+            try:
+                version, layout = engine.recv()
+                if version != torch.__version__:
+                    raise RuntimeError(
+                        f"the trainer has torch {torch.__version__}, the engine {version}; install "
+                        "one torch for both"
+                    )
+                engine.send(self._move(layout, tensors))
+            except Exception as error:
+                _say(engine, f"{type(error).__name__}: {error}")
+
+    @torch.no_grad()
+    def _move(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> list:
+        """Allocate, copy, rebind; slot by slot, so that little is there twice."""
+        inside: dict[int, list[str]] = {}
+        for name, place in layout.places.items():
+            inside.setdefault(place.slot, []).append(name)
+        device = next(iter(tensors.values())).device
+        handles = []
+        for number, slot in enumerate(layout.slots):
+            memory = shared_empty((slot.size,), getattr(torch, slot.dtype), device)
+            filled = sum(tensors[name].numel() for name in inside.get(number, ()))
+            if filled < slot.size:  # padding
+                memory.zero_()
+            for name in inside.get(number, ()):
+                _, offset, shape, stride = layout.places[name]
+                view = memory.as_strided(shape, stride, offset)
+                self._views[name] = view
+                view.copy_(tensors[name])
+                tensors[name].data = view
+            handles.append(handle(memory.untyped_storage()))
+        self.copied = layout.copied
+        return handles
+
+    @torch.no_grad()
+    def refresh(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+        """Bring back what has left the common memory, as when `data` is replaced.
+
+        Returns (bytes, tensors) copied.
+        """
+        copied = number = 0
+        for name, view in self._views.items():
+            tensor = tensors[name]
+            if tensor.data_ptr() == view.data_ptr() and tensor.stride() == view.stride():
+                continue
+            view.copy_(tensor)
+            copied, number = copied + view.numel() * view.element_size(), number + 1
+            if tensor.device == view.device:
+                tensor.data = view
+        return copied, number
+
+    def rest(self, source: Source) -> Source:
+        """What of `source` isn't in the common memory."""
+        return source.only(self.copied)
+
+    def before_each_step(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Call `work` before any optimizer writes into the common memory; returns the undoing."""
+        pointers = {view.data_ptr() for view in self._views.values()}
+
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            groups = optimizer.param_groups
+            if any(p.data_ptr() in pointers for group in groups for p in group["params"]):
+                work()
+
+        return register_optimizer_step_pre_hook(hook).remove
+
+
+def _say(engine: Connection, text: str) -> None:
+    with contextlib.suppress(OSError):
+        engine.send(text)
