@@ -22,7 +22,8 @@ class RolloutConfig:
 
     Where it listens:
         host: address to bind. Default loopback.
-        port: TCP port; 0 takes a free one.
+        port: TCP port; 0 takes a free one. With several ranks on a machine, the first one's; the
+            others take those after it.
         api_key: secret that clients send as `Authorization: Bearer`; None makes one at start.
         served_model_name: the name clients give as `model`. The base model's name works too.
 
@@ -55,6 +56,8 @@ class RolloutConfig:
         sync_path: "plan" copies weights straight to where the engine uses them, "layerwise" is
             vLLM's layerwise reload, "load_weights" vLLM's loader. "auto": "plan" for every model
             that it can be used for, else "layerwise".
+        sync_bucket_bytes: sharded weights are gathered in buckets of this size; a sync takes two of
+            them as extra memory, and gives it back.
         verify_every: after each N-th sync, compare what the engine holds with the policy.
             The first sync is always compared. 0: only the first.
         check_finite: refuse weights that hold a NaN or an infinity: on the "verified" syncs,
@@ -91,6 +94,7 @@ class RolloutConfig:
     in_flight: str = "interrupt"
     hold_timeout: float = 600.0
     sync_path: str = "auto"
+    sync_bucket_bytes: int = 512 << 20
     check_finite: str = "verified"
     verify_every: int = 0
     max_restarts: int = 0
@@ -127,6 +131,7 @@ class RolloutConfig:
         if self.api_key is not None:
             _text("api_key", self.api_key, secret=True)
         _whole("port", self.port, low=0, high=65535)
+        _whole("sync_bucket_bytes", self.sync_bucket_bytes, low=1 << 16)
         _whole("verify_every", self.verify_every, low=0)
         _whole("max_restarts", self.max_restarts, low=0)
         _whole("max_model_len", self.max_model_len, low=1, optional=True)

@@ -61,6 +61,10 @@ class WeightSyncError(RolloutServerError):
     """Weights couldn't be moved, or what the engine holds differs from what was sent."""
 
 
+class RankError(RolloutServerError):
+    """Another rank failed, with the reason that it gives, or made another call meanwhile."""
+
+
 class SamplingError(RolloutServerError, ValueError):
     """A sampling field is unknown, or has a value that vLLM rejects."""
 

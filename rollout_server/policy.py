@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from rollout_server.weights.source import Source, bare_model, source_of
+from rollout_server.weights.kinds import source_of
+from rollout_server.weights.source import Source, architecture
 
 # Nothing cut off, nothing reshaped: the distribution that the policy's own logits give.
 NEUTRAL_SAMPLING = {
@@ -42,7 +43,7 @@ class Policy:
 
     @property
     def bare(self) -> torch.nn.Module:
-        return bare_model(self.model())
+        return architecture(self.model())
 
     @property
     def dtype(self) -> str:

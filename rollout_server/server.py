@@ -7,6 +7,7 @@ import html
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from rollout_server.http.listener import Listener, listen
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
+from rollout_server.ranks import Ranks
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.weights.shared import SharedWeights
@@ -51,20 +53,26 @@ class RolloutServer:
         self._policy = policy
         self._config = config
         self._box = StateBox()
-        self._api_key = config.api_key or secrets.token_urlsafe(32)
+        self._ranks = Ranks.join()
+        key = config.api_key or secrets.token_urlsafe(32)
+        self._api_key = self._ranks.gather("attach()", key, config.start_timeout)[0]
         self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
         self._pids: list[int] = []
         self._engine: Engine | None = None
         self._listener: Listener | None = None
         self._request = 0
         self._on_close: list[Callable[[], None]] = []
-        progress = Progress(config.progress)
+        with self._ranks.together("attach()", config.start_timeout):
+            self._start(Progress(config.progress and self._ranks.rank == 0))
 
+    def _start(self, progress: Progress) -> None:
+        policy, config = self._policy, self._config
         source = policy.source()  # first, since it is where a policy is refused
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
-        self._sock = listen(config.host, config.port)
+        offset = self._ranks.local_rank if config.port else 0
+        self._sock = listen(config.host, config.port + offset)
         self._port = self._sock.getsockname()[1]
         self._folder = tempfile.mkdtemp(prefix="rollout_server-")
         self._shared = SharedWeights() if config.colocate == "share" else None
@@ -77,7 +85,7 @@ class RolloutServer:
             with progress.step("taking the policy's weights"):
                 self._sync = WeightSync(
                     policy, config, self._loop, self._engine, self._lifecycle, source.specs,
-                    self._shared,
+                    self._shared, self._ranks,
                 )  # fmt: skip
                 self._sync.push()
                 self._rest_while_stepping()
@@ -85,6 +93,8 @@ class RolloutServer:
                 self._try_out()
             with progress.step("opening the endpoint"):
                 self._loop.call(self._start_http(), config.start_timeout, "starting the endpoint")
+            url = self.base_url
+            self._base_urls = self._ranks.gather("attach(): urls", url, config.start_timeout)
         except BaseException:
             kill_trees(self._pids)  # also wakes a start that still waits for them
             self.close()
@@ -95,16 +105,17 @@ class RolloutServer:
 
     @property
     def base_url(self) -> str:
-        """What OpenAI clients take as `base_url`."""
+        """What OpenAI clients take as `base_url`: this rank's engine."""
         host = self._config.host
-        if host in ("0.0.0.0", "::"):
-            host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+        if host in ("0.0.0.0", "::"):  # every address of this machine; others know it by name
+            local = "127.0.0.1" if host == "0.0.0.0" else "::1"
+            host = socket.gethostname() if self._ranks.several_machines else local
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
 
     @property
     def base_urls(self) -> list[str]:
-        """One URL per engine. This rank's alone in this version."""
-        return [self.base_url]
+        """One URL per engine, in the order of the ranks; all take this rank's key."""
+        return list(self._base_urls)
 
     @property
     def api_key(self) -> str:

@@ -3,6 +3,8 @@
 Runs in the thread that called, since gathering a sharded policy is the trainer's own work. The
 engine's side of each step is a coroutine on the server's loop (`lifecycle.SyncTransition`).
 
+With several ranks, each of 1 to 3 counts when all have done it, and fails on all if on one.
+
 1. look: the policy has the tensors that the engine knows, and, on a verified sync, no NaN;
 2. begin: the engine is brought to rest and its weights' memory is there;
 3. write: part by part; while the engine copies one, the next is gathered;
@@ -25,12 +27,20 @@ import torch
 from rollout_server.config import RolloutConfig
 from rollout_server.engine.engine import Engine
 from rollout_server.engine.loop import LoopThread
-from rollout_server.engine.plan import TensorSpec
-from rollout_server.errors import ConfigError, DeadlineError, NotAvailableError, WeightSyncError
+from rollout_server.engine.plan import Part, TensorSpec
+from rollout_server.errors import (
+    ConfigError,
+    DeadlineError,
+    NotAvailableError,
+    RolloutServerError,
+    WeightSyncError,
+)
 from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
+from rollout_server.ranks import Ranks
 from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.source import Source, require_same
+from rollout_server.weights.staging import Staging, Wanted
 from rollout_server.weights.transport import Exporter
 
 
@@ -72,6 +82,7 @@ class WeightSync:
         lifecycle: Lifecycle,
         specs: Mapping[str, TensorSpec],
         shared: SharedWeights | None,
+        ranks: Ranks,
     ):
         """specs: the tensors that the engine was started for; shared: the memory that it has in
         common with the policy, with colocate="share"."""
@@ -81,7 +92,10 @@ class WeightSync:
         self._lifecycle = lifecycle
         self._specs = specs
         self._shared = shared
+        self._engine = engine
+        self._ranks = ranks
         self._exporter = Exporter()
+        self._staging = Staging(config.sync_bucket_bytes, _wanted(engine.description))
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
         if shared is not None:
@@ -94,16 +108,23 @@ class WeightSync:
         started = time.perf_counter()
         with self._turn():
             verify = self._due()
-            source = self._look(verify)
-            sync = self._call(self._lifecycle.begin_sync())
+            with self._together("sync_weights()"):
+                source = self._look(verify)
+            sync: SyncTransition | None = None
             try:
-                size, tensors = self._put(source, sync)
-                if verify:
-                    self._compare(source, sync.read)
+                with self._together("sync_weights(): bringing the engine to rest"):
+                    sync = self._call(self._lifecycle.begin_sync())
+                with self._together("sync_weights(): writing"):
+                    size, tensors = self._put(source, sync)
+                    if verify:
+                        self._compare(source, sync.read)
                 version = self._call(sync.commit())
             except BaseException as error:
-                self._call(sync.abort(_first_line(error)))
+                if sync is not None:
+                    self._call(sync.abort(_first_line(error)))
                 raise
+            finally:
+                self._tidy(source)
             self._syncs += 1
         return SyncReport(
             version=version,
@@ -123,10 +144,13 @@ class WeightSync:
                 "the engine's weights can't be compared with the policy's: they went the way of "
                 f"{self.path!r} ({self.reason}), which may rearrange them"
             )
-        with self._turn():
+        with self._turn(), self._together("verify_weights()"):
             source = self._policy.source()
             require_same(self._specs, source.specs)
-            self._compare(source, self._read)
+            try:
+                self._compare(source, self._read)
+            finally:
+                self._tidy(source)
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source()
@@ -153,20 +177,39 @@ class WeightSync:
         running: deque[Future] = deque()
         size = tensors = 0
 
-        def finish_one() -> None:
+        def finish(but: int) -> None:
             nonlocal size, tensors
-            report = self._loop.result(running.popleft(), self._allowed, "sync_weights()")
-            size, tensors = size + report["bytes"], tensors + report["tensors"]
+            while len(running) > but:
+                report = self._loop.result(running.popleft(), self._allowed, "sync_weights()")
+                size, tensors = size + report["bytes"], tensors + report["tensors"]
 
-        for part in source.parts():
-            message = self._exporter.export(part)
-            work = self._writing(message, first=part.number == 0, last=part.last)
-            running.append(self._loop.submit(sync.write(work), "sync_weights()"))
-            while len(running) > 1:  # the memory of the one before is written next
-                finish_one()
-        while running:
-            finish_one()
+        with contextlib.closing(self._parts(source)) as parts:
+            for part in parts:
+                work = self._writing(self._exporter.export(part), part.number == 0, part.last)
+                running.append(self._loop.submit(sync.write(work), "sync_weights()"))
+                finish(but=1)  # the memory of the part before this one is written next
+            finish(but=0)
         return size, tensors
+
+    def _parts(self, source: Source) -> Iterator[Part]:
+        """The parts; to their end even if the caller fails, where other ranks gather them too."""
+        parts = source.parts(self._staging)
+        try:
+            yield from parts
+        finally:
+            if source.collective:
+                for _ in parts:
+                    pass
+            parts.close()
+
+    def _tidy(self, source: Source) -> None:
+        """Give the buckets back, here and in the engine."""
+        first = 0 if self._shared is not None else source.staged_from
+        if first is not None:
+            self._exporter.forget(first)
+            self._staging.release()
+            with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
+                self._call(self._engine.forget_weights(first))
 
     def _writing(self, message: bytes, first: bool, last: bool) -> Callable[[Engine], Any]:
         if self.path in ("plan", "share"):
@@ -178,11 +221,10 @@ class WeightSync:
         if not self._comparable:
             return
         differ: list[str] = []
-        for part in source.parts():
-            message = self._exporter.export(part)
-            differ += self._call(read(lambda engine, m=message: engine.compare_weights(m)))
-        if self._shared is not None:
-            self._exporter.forget()  # so does the engine
+        with contextlib.closing(self._parts(source)) as parts:
+            for part in parts:
+                message = self._exporter.export(part)
+                differ += self._call(read(lambda engine, m=message: engine.compare_weights(m)))
         if differ:
             raise WeightSyncError(
                 f"the engine's weights differ from the trainer's in {list(dict.fromkeys(differ))}"
@@ -206,6 +248,9 @@ class WeightSync:
     @property
     def _allowed(self) -> float:
         return self._config.transition_time
+
+    def _together(self, what: str) -> contextlib.AbstractContextManager:
+        return self._ranks.together(what, self._config.sync_timeout)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -232,6 +277,13 @@ def _path(config: RolloutConfig, obstacles: list[str]) -> tuple[str, str]:
             "leave sync_path='auto' to fall back on vLLM's layerwise reload"
         )
     return "layerwise", shown
+
+
+def _wanted(description: Mapping[str, Any]) -> Wanted:
+    return Wanted(
+        {name: getattr(torch, dtype) for name, dtype in description["dtypes"].items()},
+        set(description["splittable"]),
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -184,6 +184,10 @@ class Engine:
         """Names of the tensors, of a part, that differ from what the engine holds."""
         return (await self._weights("rollout_compare", message))["mismatched"]
 
+    async def forget_weights(self, first: int) -> None:
+        """Let go of the trainer's memory behind the parts from number `first` on."""
+        await self._weights("rollout_forget", first)
+
     async def _weights(self, method: str, *args: Any) -> dict[str, Any]:
         """The first worker's report; `WeightSyncError` if any failed."""
         reports = await self._on_workers(method, *args)

@@ -38,7 +38,7 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> Non
     tokenizer.save_pretrained(path)
     fields = config.to_dict()
     # Absent in a model that was built in memory; vLLM picks its class by it.
-    fields["architectures"] = config.architectures or [type(model).__name__]
+    fields["architectures"] = config.architectures or [_class_name(model)]
     fields["dtype"] = dtype
     # The policy's weights come as they are in memory, whatever file they once came from.
     fields.pop("quantization_config", None)
@@ -49,6 +49,12 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> Non
     if ends is None:
         ends = fields.get("eos_token_id")
     _write(path, "generation_config.json", {} if ends is None else {"eos_token_id": ends})
+
+
+def _class_name(model: Any) -> str:
+    # FSDP2 makes a class of its own out of the model's.
+    names = [c.__name__ for c in type(model).__mro__]
+    return next(name for name in names if not name.startswith("FSDP"))
 
 
 def write_specs(folder: str, specs: Mapping[str, TensorSpec]) -> None:

@@ -92,10 +92,10 @@ class Plan:
             if all(_by_rows(c, _row_size(self.specs[name].shape)) for c in copies)
         }
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Name to the dtype that the engine holds it in, where that is one."""
+    def dtypes(self) -> dict[str, str]:
+        """Name to torch's name of the dtype that the engine holds it in, where that is one."""
         return {
-            name: copies[0].to.dtype
+            name: str(copies[0].to.dtype).removeprefix("torch.")
             for name, copies in self.copies.items()
             if len({c.to.dtype for c in copies}) == 1
         }

@@ -57,7 +57,9 @@ class WeightReceiver:
             "unshareable": getattr(model, "rollout_unshareable", ""),
             "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
             "splittable": sorted(plan.splittable()) if usable else [],
-            "dtypes": {n: str(t) for n, t in plan.dtypes().items()} if usable else {},
+            "dtypes": {n: str(t).removeprefix("torch.") for n, t in plan.dtypes().items()}
+            if usable
+            else {},
         }
 
     @_failing_as_text
@@ -76,12 +78,17 @@ class WeightReceiver:
     @_failing_as_text
     def rollout_compare(self, message: bytes) -> dict:
         """{"mismatched": names} of the tensors in one part that differ from the model's."""
-        model = self.get_model()
-        opened = self._rollout_open(message)
-        mismatched = model.rollout_plan.mismatched(opened.pieces)
-        if getattr(model, "rollout_shared", False):
-            self._rollout_imported = Importer()  # don't keep what is mapped already
-        return {"mismatched": mismatched}
+        plan = self.get_model().rollout_plan
+        return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
+
+    @_failing_as_text
+    def rollout_forget(self, first: int) -> dict:
+        """Let go of the trainer's memory behind the parts from number `first` on."""
+        self._rollout_importer().forget(first)
+        copiers = getattr(self, "_rollout_copiers", {})
+        for number in [n for n in copiers if n >= first]:
+            del copiers[number]
+        return {}
 
     @_failing_as_text
     def rollout_reload(self, message: bytes, first: bool, last: bool, layerwise: bool) -> dict:
@@ -98,9 +105,12 @@ class WeightReceiver:
         return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
     def _rollout_open(self, message: bytes) -> Opened:
+        return self._rollout_importer().open(message)
+
+    def _rollout_importer(self) -> Importer:
         if not hasattr(self, "_rollout_imported"):
             self._rollout_imported = Importer()
-        return self._rollout_imported.open(message)
+        return self._rollout_imported
 
     def _rollout_copier(self, opened: Opened) -> Copier:
         """What copies this part; made anew when the trainer's memory has moved."""

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from rollout_server.engine.plan import Part, Piece, TensorSpec
-from rollout_server.errors import NotAvailableError, UnsupportedModelError, WeightSyncError
+from rollout_server.errors import UnsupportedModelError, WeightSyncError
+from rollout_server.weights.staging import Staging
 
-# What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing,
+# FSDP1.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class Source:
@@ -18,9 +20,11 @@ class Source:
     Attributes:
         specs: name to shape and dtype of each tensor.
         collective: whether all ranks must walk through `parts` together.
+        staged_from: number of the first part that is put together in `Staging`; None: none is.
     """
 
     collective = False
+    staged_from: int | None = None
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = tensors
@@ -38,10 +42,11 @@ class Source:
         """The source of some of the tensors."""
         return Source({name: self._tensors[name] for name in names})
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Iterator[Part]:
         """All tensors, part by part; a part may be overwritten when the next but one is asked for.
 
-        These are the live tensors: one part, and nothing is copied.
+        These are the live tensors: one part, and nothing is copied. `staging` is for those that
+        have to be put together.
         """
         pieces = [Piece(name, 0, tensor.detach()) for name, tensor in self._tensors.items()]
         if pieces:
@@ -50,11 +55,6 @@ class Source:
     def not_finite(self) -> list[str]:
         """Names of the tensors that hold a NaN or an infinity."""
         return not_finite(self._tensors.items())
-
-
-def source_of(model: Any) -> Source:
-    """The source that fits how `model` is wrapped."""
-    return Source(policy_tensors(model))
 
 
 def require_same(then: Mapping[str, TensorSpec], now: Mapping[str, TensorSpec]) -> None:
@@ -88,14 +88,24 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
 
 
 def bare_model(model: Any) -> torch.nn.Module:
-    """The module inside DDP and torch.compile wrappers."""
+    """The module inside DDP, torch.compile and DeepSpeed's engine."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
             inner = model.module
         if inner is None:
             return model
         model = inner
+
+
+def architecture(model: Any) -> torch.nn.Module:
+    """The module with the config, inside all wrappers: FSDP1's and PEFT's too."""
+    model = bare_model(model)
+    if type(model).__name__ == "FullyShardedDataParallel":
+        return architecture(model.module)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return architecture(model.get_base_model())
+    return model
 
 
 def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -105,7 +115,6 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     The tensors are the live ones: nothing is copied.
     """
     model = bare_model(model)
-    _refuse_what_is_not_there_yet(model)
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -116,7 +125,7 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
             if tensor is None or name in derived or (tied and id(tensor) in seen):
                 continue
             seen.add(id(tensor))
-            tensors[_plain(f"{path}.{name}" if path else name)] = tensor
+            tensors[plain_name(f"{path}.{name}" if path else name)] = tensor
     if not tensors:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters to serve")
     for name, tensor in tensors.items():
@@ -127,25 +136,8 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
     for part in _WRAPPERS:
         name = name.replace(part, "")
     return name
-
-
-def _refuse_what_is_not_there_yet(model: torch.nn.Module) -> None:
-    def refuse(kind: str):
-        raise NotAvailableError(
-            f"the policy is {kind}, whose weights this version can't gather; "
-            "train with a plain or DDP model"
-        )
-
-    if hasattr(model, "peft_config"):
-        refuse("a PEFT model")
-    if type(model).__name__ == "FullyShardedDataParallel":
-        refuse("wrapped by FSDP")
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id"):
-            refuse("partitioned by DeepSpeed ZeRO-3")
-        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "placements"):
-            refuse("sharded by FSDP2 or tensor parallel")

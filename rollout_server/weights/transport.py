@@ -121,9 +121,9 @@ class Exporter:
             torch.cuda.synchronize()
         return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
-    def forget(self) -> None:
-        """Send all handles next time: the engine is a new one."""
-        self._parts = {}
+    def forget(self, first: int = 0) -> None:
+        """Send handles anew next time, from part number `first` on."""
+        self._parts = {number: sent for number, sent in self._parts.items() if number < first}
 
     def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, tuple[list, list[_View]]]:
         _allow_many_descriptors()
@@ -170,6 +170,10 @@ class Importer:
         if opened is None or opened.epoch != epoch:
             raise RuntimeError(f"handles of export {epoch} were never sent here")
         return opened
+
+    def forget(self, first: int = 0) -> None:
+        """Let go of the parts from number `first` on."""
+        self._parts = {number: part for number, part in self._parts.items() if number < first}
 
 
 class _Unpickler(pickle.Unpickler):

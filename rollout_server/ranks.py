@@ -1,0 +1,108 @@
+"""The processes that train together, where there are several: `torch.distributed`'s ranks.
+
+Each has an engine of its own; a step of all of them counts when all have done it. They tell each
+other through the process group's key-value store, which has a deadline for each wait and can say
+who is missing; no collective is called, so none of the trainer's can be disturbed.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from rollout_server.errors import DeadlineError, RankError
+
+_joined = itertools.count()
+
+
+class Ranks:
+    """This process, number `rank` of `size`."""
+
+    def __init__(self, rank: int, size: int, store: Any):
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._rounds = itertools.count()
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """All ranks must call this equally often; a process without a group is alone."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(0, 1, None)
+        # A connection of its own: waits block it.
+        store = dist.distributed_c10d._get_default_store().clone()
+        prefix = f"rollout_server/{next(_joined)}"
+        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore(prefix, store))
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number among those of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) if self.size > 1 else 0
+
+    @property
+    def several_machines(self) -> bool:
+        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    def gather(self, what: str, value: Any, timeout: float) -> list[Any]:
+        """The `value` of every rank, in their order; JSON carries it.
+
+        what: the call that all ranks make now. Raises `DeadlineError` naming the ranks that haven't
+        come within `timeout` seconds, `RankError` if one has failed or calls something else.
+        """
+        if self.size == 1:
+            return [value]
+        number = self._say(what, value)
+        keys = [f"{number}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout))
+            told = [json.loads(self._store.get(key)) for key in keys]
+        except RuntimeError as error:  # of the store: a wait that ended, or rank 0 is gone
+            raise DeadlineError(
+                f"{what}: {self._missing(keys)} within {timeout:g} s; every rank must call it, and "
+                "none may have ended"
+            ) from error
+        if number > 1:  # all have read what was told two rounds ago
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(f"{number - 2}/{self.rank}")
+        for rank, (other, _, failure) in enumerate(told):
+            if failure is not None:
+                raise RankError(f"{what}: rank {rank} failed: {failure}")
+            if other != what:
+                raise RankError(
+                    f"{what}: rank {rank} called {other} meanwhile; ranks must make the same calls "
+                    "in the same order"
+                )
+        return [value for _, value, _ in told]
+
+    @contextlib.contextmanager
+    def together(self, what: str, timeout: float) -> Iterator[None]:
+        """The block succeeds on all ranks, or raises on all: `RankError` with the reason of
+        another rank where this one's went well."""
+        try:
+            yield
+        except RankError:  # all know
+            raise
+        except BaseException as error:
+            if self.size > 1:
+                with contextlib.suppress(RuntimeError):
+                    self._say(what, failure=f"{type(error).__name__}: {error}")
+            raise
+        self.gather(what, None, timeout)
+
+    def _say(self, what: str, value: Any = None, failure: str | None = None) -> int:
+        """Tell the others, without waiting for them; the number of this round."""
+        number = next(self._rounds)
+        self._store.set(f"{number}/{self.rank}", json.dumps([what, value, failure]))
+        return number
+
+    def _missing(self, keys: list[str]) -> str:
+        try:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+        except RuntimeError:
+            return "rank 0, which keeps the store, can't be reached"
+        return f"rank {', '.join(missing)} didn't come"

@@ -1,0 +1,123 @@
+"""One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KIND FOLDER.
+
+Prints one JSON line per rank at its end.
+"""
+
+import hashlib
+import json
+import sys
+import threading
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rollout_server import attach
+
+MIB = 1 << 20
+
+
+def wrapped(kind, model):
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+    if kind == "fsdp1":
+        from functools import partial
+
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+        policy = partial(
+            transformer_auto_wrap_policy, transformer_layer_cls={type(model.model.layers[0])}
+        )
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+    raise ValueError(kind)
+
+
+class Peak:
+    """The highest resident memory of this process while it is active, over that at its start."""
+
+    def __enter__(self):
+        self._process = psutil.Process()
+        self._start = self.extra = self._process.memory_info().rss
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._over.wait(0.001):
+            self.extra = max(self.extra, self._process.memory_info().rss)
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+        self.extra -= self._start
+
+
+def main():
+    kind, folder, bucket = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = wrapped(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with attach(
+        model, tokenizer, kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket,
+        sync_timeout=60,
+    ) as server:  # fmt: skip
+        answers = []
+        for step in range(3):
+            server.sleep()
+            torch.manual_seed(10 * step + rank)
+            ids = torch.randint(0, 1000, (2, 32))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            report = server.wake()
+            server.verify_weights()
+            (completion,) = server.generate(
+                [21, 22, 23], {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+            )
+            answers.append(completion.ids)
+        server.sync_weights()
+        with Peak() as peak:
+            report = server.sync_weights()
+        # The trainer's own model, as it is now, says the same.
+        with torch.no_grad():
+            tokens = torch.tensor([[21, 22, 23, *completion.ids]])
+            own = model(input_ids=tokens).logits[0, 2:-1].float().log_softmax(-1)
+        gap = (own[range(8), completion.ids] - torch.tensor(completion.logprobs)).abs().max()
+        dist.barrier()  # no request while the other is still being asked
+        reached = [ask(server, url) for url in server.base_urls]
+        print(json.dumps({
+            "rank": rank, "version": server.policy_version, "answers": answers,
+            "urls": server.base_urls, "own": server.base_url, "reached": reached,
+            "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
+            "gap": float(gap), "greedy": own.argmax(-1).tolist() == completion.ids,
+            "path": report.path, "bytes": report.bytes, "tensors": report.tensors,
+            "seconds": report.seconds, "peak": peak.extra,
+        }), flush=True)  # fmt: skip
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def ask(server, url):
+    answer = server.openai(base_url=url).completions.create(
+        model="policy", prompt=[21, 22, 23], max_tokens=4, temperature=0
+    )
+    return answer.policy_version
+
+
+if __name__ == "__main__":
+    main()
