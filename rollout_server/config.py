@@ -12,6 +12,7 @@ from rollout_server.errors import ConfigError, NotAvailableError
 COLOCATE = ("sleep", "share", "resident")
 IN_FLIGHT = ("interrupt", "drain")
 SYNC_PATHS = ("auto", "plan", "layerwise", "load_weights")
+PEFT = ("merge", "adapter")
 CHECK_FINITE = ("verified", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,8 +57,11 @@ class RolloutConfig:
         sync_path: "plan" copies weights straight to where the engine uses them, "layerwise" is
             vLLM's layerwise reload, "load_weights" vLLM's loader. "auto": "plan" for every model
             that it can be used for, else "layerwise".
-        sync_bucket_bytes: sharded weights are gathered in buckets of this size; a sync takes two of
-            them as extra memory, and gives it back.
+        peft: how a PEFT policy goes to the engine: "merge" sends whole weights with the adapter in
+            them, "adapter" the LoRA tensors alone, which the engine computes with beside the base.
+        sync_bucket_bytes: weights that aren't there in full (sharded, or merged with an adapter)
+            are put together in buckets of this size; a sync takes two of them as extra memory,
+            and gives it back.
         verify_every: after each N-th sync, compare what the engine holds with the policy.
             The first sync is always compared. 0: only the first.
         check_finite: refuse weights that hold a NaN or an infinity: on the "verified" syncs,
@@ -94,6 +98,7 @@ class RolloutConfig:
     in_flight: str = "interrupt"
     hold_timeout: float = 600.0
     sync_path: str = "auto"
+    peft: str = "merge"
     sync_bucket_bytes: int = 512 << 20
     check_finite: str = "verified"
     verify_every: int = 0
@@ -125,6 +130,7 @@ class RolloutConfig:
         _one_of("in_flight", self.in_flight, IN_FLIGHT)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("sync_path", self.sync_path, SYNC_PATHS)
+        _one_of("peft", self.peft, PEFT)
         _one_of("check_finite", self.check_finite, CHECK_FINITE)
         _text("host", self.host)
         _text("served_model_name", self.served_model_name)

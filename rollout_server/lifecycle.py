@@ -122,7 +122,7 @@ class SyncTransition:
         self._life = lifecycle
         self._config = lifecycle._config
         self._engine = lifecycle._engine
-        self._asleep = False
+        self.was_asleep = False
         self._written = False
         self._running = asyncio.Lock()
         self.seconds_awaking = 0.0
@@ -132,13 +132,13 @@ class SyncTransition:
         await life._turn.acquire()
         try:
             life._box.require_open()
-            self._asleep = life._box.state is State.ASLEEP
-            if self._asleep:
+            self.was_asleep = life._box.state is State.ASLEEP
+            if self.was_asleep:
                 life._box.move(State.WAKING)
             elif life._box.state is State.AWAKE:
                 await life._rest()
             with life._breaking("waking the weights"):
-                if self._asleep:
+                if self.was_asleep:
                     await self._wake(self._engine.wake_weights, "waking the weights")
                 life._box.move(State.SYNCING)
         except BaseException:
@@ -190,7 +190,7 @@ class SyncTransition:
                 pass
             if self._written or life.version < 0 or life._box.state is not State.SYNCING:
                 life._break(f"syncing weights: {why}")
-            elif self._asleep:
+            elif self.was_asleep:
                 await life._fall_asleep()
             else:
                 with life._breaking("resuming"):
@@ -207,7 +207,7 @@ class SyncTransition:
             await self.abort("its caller went away")
 
     async def _resume(self) -> None:
-        if self._asleep:
+        if self.was_asleep:
             await self._wake(self._engine.wake_kv_cache, "waking the KV cache")
         else:
             async with _deadline(self._config.wake_timeout, "resuming"):

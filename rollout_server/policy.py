@@ -37,9 +37,9 @@ class Policy:
     sampling: Mapping[str, Any] = field(default_factory=lambda: dict(NEUTRAL_SAMPLING))
     seed: int = 0
 
-    def source(self) -> Source:
-        """The policy's tensors as they are now."""
-        return source_of(self.model())
+    def source(self, peft: str) -> Source:
+        """The policy's tensors as they are now; peft: "merge" or "adapter"."""
+        return source_of(self.model(), peft)
 
     @property
     def bare(self) -> torch.nn.Module:

@@ -15,11 +15,11 @@ from typing import Any
 from rollout_server.completion import Completion, Prompt, prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
+from rollout_server.engine.adapter import adapter_arguments, use_adapter
 from rollout_server.engine.arguments import engine_arguments, engine_variables, tool_parser
 from rollout_server.engine.engine import Engine, kill_trees
 from rollout_server.engine.folder import write_model_folder, write_specs
 from rollout_server.engine.loop import LoopThread
-from rollout_server.engine.plan import TensorSpec
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import (
@@ -67,7 +67,7 @@ class RolloutServer:
 
     def _start(self, progress: Progress) -> None:
         policy, config = self._policy, self._config
-        source = policy.source()  # first, since it is where a policy is refused
+        source = policy.source(config.peft)  # first, since it is where a policy is refused
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
@@ -80,7 +80,7 @@ class RolloutServer:
         atexit.register(self.close)
         try:
             with progress.step(f"starting the engine (vLLM {version})"), self._sharing(source):
-                start = self._start_engine(source.specs)
+                start = self._start_engine(source)
                 self._loop.call(start, config.start_timeout, "starting the engine")
             with progress.step("taking the policy's weights"):
                 self._sync = WeightSync(
@@ -362,20 +362,25 @@ class RolloutServer:
 
             self.call_on_close(self._shared.before_each_step(rest))
 
-    async def _start_engine(self, specs: Mapping[str, TensorSpec]) -> None:
+    async def _start_engine(self, source: Source) -> None:
         from vllm.platforms import current_platform
 
         config, policy = self._config, self._policy
         dtype = policy.dtype if config.dtype == "auto" else config.dtype
-        write_model_folder(self._folder, policy.bare, policy.tokenizer, dtype)
-        write_specs(self._folder, specs)
+        untied = "lm_head.weight" in source.specs
+        write_model_folder(self._folder, policy.bare, policy.tokenizer, dtype, untied)
+        write_specs(self._folder, source.specs)
         on_cpu = current_platform.is_cpu()
         arguments = engine_arguments(
             config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu
         )
         variables = engine_variables(on_cpu, policy.device.index, self._folder)
+        if source.adapter is not None:
+            arguments = adapter_arguments(source.adapter) | arguments
         log = os.path.join(self._folder, "engine.log")
         self._engine = await Engine.start(arguments, variables, log, self._pids)
+        if source.adapter is not None:
+            use_adapter(self._engine.client, config.served_model_name)
         self._gate = Gate(config.hold_timeout)
         self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
 

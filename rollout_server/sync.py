@@ -39,7 +39,7 @@ from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
 from rollout_server.weights.shared import SharedWeights
-from rollout_server.weights.source import Source, require_same
+from rollout_server.weights.source import Adapter, Source, require_same
 from rollout_server.weights.staging import Staging, Wanted
 from rollout_server.weights.transport import Exporter
 
@@ -54,7 +54,8 @@ class SyncReport:
         seconds: from the call until requests flowed again.
         wake_seconds: of these, those that waking took; 0 if the engine was awake.
         path: how the weights went. "plan": copied to where they are used; "share": they are there
-            already; "layerwise": vLLM's layerwise reload; "load_weights": vLLM's loader.
+            already; "adapter": a LoRA adapter alone, the base being there; "layerwise": vLLM's
+            layerwise reload; "load_weights": vLLM's loader.
         reason: why one of the last two.
         tensors: number of tensors, or of pieces of them.
         verified: whether what the engine holds was compared with the policy.
@@ -98,6 +99,7 @@ class WeightSync:
         self._staging = Staging(config.sync_bucket_bytes, _wanted(engine.description))
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
+        self._frozen: tuple | None = None  # what frozen tensors the engine was given
         if shared is not None:
             self.path, self.reason = "share", ""
         else:
@@ -131,7 +133,7 @@ class WeightSync:
             bytes=size,
             seconds=time.perf_counter() - started,
             wake_seconds=sync.seconds_awaking,
-            path=self.path,
+            path=self._path_of(source, size),
             reason=self.reason,
             tensors=tensors,
             verified=verify and self._comparable,
@@ -145,7 +147,7 @@ class WeightSync:
                 f"{self.path!r} ({self.reason}), which may rearrange them"
             )
         with self._turn(), self._together("verify_weights()"):
-            source = self._policy.source()
+            source = self._policy.source(self._config.peft)
             require_same(self._specs, source.specs)
             try:
                 self._compare(source, self._read)
@@ -153,7 +155,7 @@ class WeightSync:
                 self._tidy(source)
 
     def _look(self, verify: bool) -> Source:
-        source = self._policy.source()
+        source = self._policy.source(self._config.peft)
         require_same(self._specs, source.specs)
         check = self._config.check_finite
         if (check == "always" or (check == "verified" and verify)) and (bad := source.not_finite()):
@@ -165,15 +167,39 @@ class WeightSync:
 
     def _put(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
         """(bytes, tensors) that were copied."""
-        if self._shared is None:
-            return self._write(source, sync)
-        moved, number = self._shared.refresh(source.tensors)
-        rest, others = self._write(self._shared.rest(source), sync)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # what the trainer has written is there
-        return moved + rest, number + others
+        if self._shared is not None:
+            done = _sum(self._shared.refresh(source.tensors), self._write_rest(source, sync))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what the trainer has written is there
+        else:
+            done = self._write(self._due_parts(source, sync), source, sync)
+        if source.adapter is not None:
+            done = _sum(done, self._write_adapter(source.adapter, sync))
+        self._frozen = source.frozen_state
+        return done
 
-    def _write(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
+    def _write_rest(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
+        rest = self._shared.rest(source)
+        return self._write(rest.parts(self._staging), rest, sync)
+
+    def _due_parts(self, source: Source, sync: SyncTransition) -> Iterator[Part]:
+        """All parts, but for frozen ones that the engine still has."""
+        if sync.was_asleep or self._frozen is None or self._frozen != source.frozen_state:
+            return source.parts(self._staging)
+        return source.trained_parts(self._staging)
+
+    def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> tuple[int, int]:
+        """The adapter's tensors; vLLM's buffers are made anew at first and after each sleep."""
+        fresh = sync.was_asleep or self._syncs == 0
+        message = self._exporter.export(adapter.part())
+        scaling = dict(adapter.scaling)
+        work = sync.write(lambda engine: engine.write_adapter(message, scaling, fresh))
+        report = self._call(work)
+        return report["bytes"], report["tensors"]
+
+    def _write(
+        self, parts: Iterator[Part], source: Source, sync: SyncTransition
+    ) -> tuple[int, int]:
         running: deque[Future] = deque()
         size = tensors = 0
 
@@ -183,30 +209,18 @@ class WeightSync:
                 report = self._loop.result(running.popleft(), self._allowed, "sync_weights()")
                 size, tensors = size + report["bytes"], tensors + report["tensors"]
 
-        with contextlib.closing(self._parts(source)) as parts:
-            for part in parts:
+        with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
+            for part in walk:
                 work = self._writing(self._exporter.export(part), part.number == 0, part.last)
                 running.append(self._loop.submit(sync.write(work), "sync_weights()"))
                 finish(but=1)  # the memory of the part before this one is written next
             finish(but=0)
         return size, tensors
 
-    def _parts(self, source: Source) -> Iterator[Part]:
-        """The parts; to their end even if the caller fails, where other ranks gather them too."""
-        parts = source.parts(self._staging)
-        try:
-            yield from parts
-        finally:
-            if source.collective:
-                for _ in parts:
-                    pass
-            parts.close()
-
     def _tidy(self, source: Source) -> None:
         """Give the buckets back, here and in the engine."""
         first = 0 if self._shared is not None else source.staged_from
-        if first is not None:
-            self._exporter.forget(first)
+        if first is not None and self._exporter.forget(first):
             self._staging.release()
             with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
                 self._call(self._engine.forget_weights(first))
@@ -221,10 +235,14 @@ class WeightSync:
         if not self._comparable:
             return
         differ: list[str] = []
-        with contextlib.closing(self._parts(source)) as parts:
-            for part in parts:
+        parts = source.parts(self._staging)
+        with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
+            for part in walk:
                 message = self._exporter.export(part)
                 differ += self._call(read(lambda engine, m=message: engine.compare_weights(m)))
+        if source.adapter is not None:
+            message = self._exporter.export(source.adapter.part())
+            differ += self._call(read(lambda engine: engine.compare_adapter(message)))
         if differ:
             raise WeightSyncError(
                 f"the engine's weights differ from the trainer's in {list(dict.fromkeys(differ))}"
@@ -248,6 +266,10 @@ class WeightSync:
     @property
     def _allowed(self) -> float:
         return self._config.transition_time
+
+    def _path_of(self, source: Source, size: int) -> str:
+        alone = source.adapter is not None and size == source.adapter.bytes
+        return "adapter" if alone else self.path
 
     def _together(self, what: str) -> contextlib.AbstractContextManager:
         return self._ranks.together(what, self._config.sync_timeout)
@@ -277,6 +299,21 @@ def _path(config: RolloutConfig, obstacles: list[str]) -> tuple[str, str]:
             "leave sync_path='auto' to fall back on vLLM's layerwise reload"
         )
     return "layerwise", shown
+
+
+def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
+    """The parts; if they are left early, on to their end where other ranks gather them too."""
+    try:
+        yield from parts
+    finally:
+        if collective:
+            for _ in parts:
+                pass
+        parts.close()
+
+
+def _sum(*counts: tuple[int, int]) -> tuple[int, int]:
+    return tuple(map(sum, zip(*counts, strict=True)))
 
 
 def _wanted(description: Mapping[str, Any]) -> Wanted:

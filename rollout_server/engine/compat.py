@@ -89,6 +89,16 @@ async def pause(client: Any) -> None:
     await paused(mode="keep", clear_cache=True)
 
 
+def lora_name_mapper(model: Any) -> Any:
+    """How a model's modules are renamed from a checkpoint's names to vLLM's; None: not at all."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    if hasattr(mapper, "get_rename_mapper"):
+        return mapper.get_rename_mapper()
+    return mapper.get_unstacked_mapper()  # 0.26
+
+
 async def set_weight_version(client: Any, version: int) -> None:
     """Tell the engine the policy version, for the spans in its outputs (0.29 and later)."""
     if hasattr(client, "update_weight_version"):

@@ -184,6 +184,16 @@ class Engine:
         """Names of the tensors, of a part, that differ from what the engine holds."""
         return (await self._weights("rollout_compare", message))["mismatched"]
 
+    async def write_adapter(
+        self, message: bytes, scaling: Mapping[str, float], fresh: bool
+    ) -> dict[str, Any]:
+        """Copy a LoRA adapter into vLLM's buffers; `fresh`: which have nothing of it."""
+        return await self._weights("rollout_write_adapter", message, scaling, fresh)
+
+    async def compare_adapter(self, message: bytes) -> list[str]:
+        """Names of the adapter's tensors that differ from what the engine holds."""
+        return (await self._weights("rollout_compare_adapter", message))["mismatched"]
+
     async def forget_weights(self, first: int) -> None:
         """Let go of the trainer's memory behind the parts from number `first` on."""
         await self._weights("rollout_forget", first)

@@ -17,12 +17,13 @@ from rollout_server.errors import UnsupportedModelError
 SPECS = "tensors.json"
 
 
-def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> None:
+def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str, untied: bool) -> None:
     """Write `config.json` and the tokenizer's (or processor's) files into the folder `path`.
 
     model: the bare module (no DDP or FSDP wrapper around it) with a `transformers` config.
     tokenizer: a `transformers` tokenizer or processor, chat template included.
     dtype: name of the dtype the engine computes in.
+    untied: whether lm_head has weights of its own, whatever the config says.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -40,6 +41,8 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str) -> Non
     # Absent in a model that was built in memory; vLLM picks its class by it.
     fields["architectures"] = config.architectures or [_class_name(model)]
     fields["dtype"] = dtype
+    if untied:  # as when PEFT trains a copy of it
+        fields["tie_word_embeddings"] = False
     # The policy's weights come as they are in memory, whatever file they once came from.
     fields.pop("quantization_config", None)
     _write(path, "config.json", fields)

@@ -8,11 +8,12 @@ from rollout_server.errors import NotAvailableError
 from rollout_server.weights.source import Source, bare_model, policy_tensors
 
 
-def source_of(model: Any) -> Source:
-    """The policy's tensors as they are now. With FSDP1 this is collective."""
+def source_of(model: Any, peft: str = "merge") -> Source:
+    """The policy's tensors as they are now; peft: how those of a PEFT model go, "merge" or
+    "adapter". The first call for an FSDP1 model is collective."""
     model = bare_model(model)
     if hasattr(model, "peft_config"):
-        raise NotAvailableError("the policy is a PEFT model, which this version can't read")
+        return _of_peft(model, peft)
     if type(model).__name__ == "FullyShardedDataParallel":
         from rollout_server.weights.fsdp1 import ShardedByUnits
 
@@ -27,3 +28,22 @@ def source_of(model: Any) -> Source:
 
         return ShardedByRows(model)
     return Source(policy_tensors(model))
+
+
+def _of_peft(model: Any, how: str) -> Source:
+    from rollout_server.weights.peft import Merged, WithAdapter
+
+    if not hasattr(model, "get_base_model") or any(
+        config.is_prompt_learning for config in model.peft_config.values()
+    ):
+        raise NotAvailableError(
+            f"the policy is a {type(model).__name__} whose adapter isn't in the layers' weights, "
+            "which vLLM can't serve; train with LoRA or another tuner of weights"
+        )
+    parameters = list(model.parameters())
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
+        raise NotAvailableError(
+            "the policy is a PEFT model that is sharded as well, which this version can't gather; "
+            "use DDP: the frozen base takes no gradients and no optimizer's state"
+        )
+    return WithAdapter(model) if how == "adapter" else Merged(model)

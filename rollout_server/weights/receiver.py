@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 import rollout_server.engine.loader  # noqa: F401 - vLLM imports this module before it loads a model
+from rollout_server.engine.adapter import AdapterSlot
 from rollout_server.engine.copying import Copier
 from rollout_server.engine.plan import Plan
 from rollout_server.engine.storages import flat, storages
@@ -57,9 +58,7 @@ class WeightReceiver:
             "unshareable": getattr(model, "rollout_unshareable", ""),
             "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
             "splittable": sorted(plan.splittable()) if usable else [],
-            "dtypes": {n: str(t).removeprefix("torch.") for n, t in plan.dtypes().items()}
-            if usable
-            else {},
+            "dtypes": plan.dtypes() if usable else {},
         }
 
     @_failing_as_text
@@ -80,6 +79,21 @@ class WeightReceiver:
         """{"mismatched": names} of the tensors in one part that differ from the model's."""
         plan = self.get_model().rollout_plan
         return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
+
+    @_failing_as_text
+    def rollout_write_adapter(self, message: bytes, scaling: dict[str, float], fresh: bool) -> dict:
+        """Copy a LoRA adapter to where vLLM has its places; `fresh`: look for them anew."""
+        opened = self._rollout_open(message)
+        if fresh or self._rollout_adapter.scaling != scaling:
+            self._rollout_adapter = AdapterSlot(self.get_model(), opened.pieces, scaling)
+        self._rollout_adapter.write(opened.pieces)
+        _finish_device_work()
+        return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
+
+    @_failing_as_text
+    def rollout_compare_adapter(self, message: bytes) -> dict:
+        """{"mismatched": names} of the adapter's tensors that differ from the engine's."""
+        return {"mismatched": self._rollout_adapter.mismatched(self._rollout_open(message).pieces)}
 
     @_failing_as_text
     def rollout_forget(self, first: int) -> dict:

@@ -1,6 +1,7 @@
 """The policy's weights by the names under which vLLM expects them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,22 @@ from rollout_server.weights.staging import Staging
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: live tensors by PEFT's names, and what each `lora_B` is multiplied with."""
+
+    tensors: Mapping[str, torch.Tensor]
+    scaling: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def part(self) -> Part:
+        """Apart from the base's parts, which are numbered from 0."""
+        return Part(-1, True, [Piece(n, 0, t.detach()) for n, t in self.tensors.items()])
+
+
 class Source:
     """The policy's tensors as they are now. This one is for tensors that are there in full.
 
@@ -21,9 +38,13 @@ class Source:
         specs: name to shape and dtype of each tensor.
         collective: whether all ranks must walk through `parts` together.
         staged_from: number of the first part that is put together in `Staging`; None: none is.
+        adapter: goes besides the parts, which are its base then.
+        frozen_state: differs where tensors that aren't trained have changed; None: all are trained.
     """
 
     collective = False
+    adapter: Adapter | None = None
+    frozen_state: tuple | None = None
     staged_from: int | None = None
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
@@ -51,6 +72,10 @@ class Source:
         pieces = [Piece(name, 0, tensor.detach()) for name, tensor in self._tensors.items()]
         if pieces:
             yield Part(0, True, pieces)
+
+    def trained_parts(self, staging: Staging) -> Iterator[Part]:
+        """The parts without what is frozen."""
+        return self.parts(staging)
 
     def not_finite(self) -> list[str]:
         """Names of the tensors that hold a NaN or an infinity."""

@@ -121,9 +121,12 @@ class Exporter:
             torch.cuda.synchronize()
         return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
-    def forget(self, first: int = 0) -> None:
-        """Send handles anew next time, from part number `first` on."""
-        self._parts = {number: sent for number, sent in self._parts.items() if number < first}
+    def forget(self, first: int = 0) -> bool:
+        """Send handles anew next time, from part number `first` on; whether there were such."""
+        kept = {number: sent for number, sent in self._parts.items() if number < first}
+        forgotten = len(kept) < len(self._parts)
+        self._parts = kept
+        return forgotten
 
     def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, tuple[list, list[_View]]]:
         _allow_many_descriptors()
