@@ -42,6 +42,7 @@ def attach(trainer: Any, config: RolloutConfig) -> RolloutServer:
         compute_dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
         sampling=_sampling(trainer),
         seed=args.seed + trainer.accelerator.process_index,
+        optimizer=lambda: trainer.optimizer,  # made when training begins
     )
     server = serve(policy, config)
     _bind(trainer, server)

@@ -17,7 +17,9 @@ TRAINERS = ("rollout_server.integrations.trl",)
 _servers: "weakref.WeakKeyDictionary[Any, RolloutServer]" = weakref.WeakKeyDictionary()
 
 
-def attach(trainer_or_model: Any, tokenizer: Any = None, /, **options: Any) -> RolloutServer:
+def attach(
+    trainer_or_model: Any, tokenizer: Any = None, /, *, optimizer: Any = None, **options: Any
+) -> RolloutServer:
     """Start a vLLM engine beside a trainer or a model, serve it, and return its handle.
 
     attach(trainer, **options): a TRL trainer (GRPO, RLOO); its rollouts come from the engine
@@ -25,15 +27,19 @@ def attach(trainer_or_model: Any, tokenizer: Any = None, /, **options: Any) -> R
     attach(model, tokenizer, **options): any model of which vLLM knows the architecture; call
     `sync_weights`, `sleep` and `wake` on the handle yourself.
 
+    optimizer: of that model, for offload_optimizer=True; a trainer knows its own.
     options: fields of `RolloutConfig`. Returns once the endpoint answers. Raises subclasses of
     `RolloutServerError`, and leaves nothing running then.
     """
     config = RolloutConfig.of(options)
     if tokenizer is not None:
-        return serve(
-            Policy(model=lambda: trainer_or_model, tokenizer=tokenizer, owner=trainer_or_model),
-            config,
+        policy = Policy(
+            model=lambda: trainer_or_model,
+            tokenizer=tokenizer,
+            owner=trainer_or_model,
+            optimizer=None if optimizer is None else lambda: optimizer,
         )
+        return serve(policy, config)
     for name in TRAINERS:
         adapter = importlib.import_module(name)
         if adapter.recognises(trainer_or_model):
@@ -47,6 +53,11 @@ def attach(trainer_or_model: Any, tokenizer: Any = None, /, **options: Any) -> R
 def serve(policy: Policy, config: RolloutConfig) -> RolloutServer:
     """A server for `policy`; `AlreadyAttachedError` if its owner has one that isn't closed."""
     refuse_second(policy.owner)
+    if config.offload_optimizer and policy.optimizer is None:
+        raise ConfigError(
+            "offload_optimizer=True: no optimizer is known; give attach(model, tokenizer, "
+            "optimizer=...)"
+        )
     server = RolloutServer(policy, config)
     _servers[policy.owner] = server
     return server

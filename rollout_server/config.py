@@ -49,7 +49,8 @@ class RolloutConfig:
     Sharing memory and time with the trainer:
         colocate: "sleep" gives the engine's memory back while the trainer trains, "resident"
             keeps it and serves meanwhile, "share" holds one copy of the weights for both.
-        offload_optimizer: keep the optimizer's state in host memory during rollouts.
+        offload_optimizer: keep the optimizer's state in (pinned) host memory while the engine is
+            awake. With attach(model, tokenizer) give `optimizer` too.
         in_flight: what becomes of running generations when weights move or the engine sleeps:
             "interrupt" freezes and later continues them from their own tokens, "drain" lets
             them finish first.
@@ -160,6 +161,11 @@ class RolloutConfig:
         for name in ("offload_optimizer", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        if self.offload_optimizer and self.colocate == "resident":
+            raise ConfigError(
+                "offload_optimizer=True with colocate='resident': the engine never sleeps, so the "
+                "optimizer's state would never be needed back; use colocate='sleep' or 'share'"
+            )
         self._refuse_what_is_not_there_yet()
 
     @property
@@ -171,10 +177,6 @@ class RolloutConfig:
         return 2 * steps
 
     def _refuse_what_is_not_there_yet(self):
-        if self.offload_optimizer:
-            raise NotAvailableError(
-                "offload_optimizer=True isn't available in this version; leave it False"
-            )
         if self.max_restarts:
             raise NotAvailableError(
                 f"max_restarts={self.max_restarts}: restarting a dead engine isn't available in "

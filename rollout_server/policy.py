@@ -28,6 +28,7 @@ class Policy:
     compute_dtype: name of the dtype the trainer computes in; None: that of its parameters.
     sampling: sampling fields by the trainer's settings.
     seed: of the engine's sampler; differs between ranks.
+    optimizer: gives the optimizer, or None while there is none.
     """
 
     model: Callable[[], Any]
@@ -36,6 +37,7 @@ class Policy:
     compute_dtype: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=lambda: dict(NEUTRAL_SAMPLING))
     seed: int = 0
+    optimizer: Callable[[], Any] | None = None
 
     def source(self, peft: str) -> Source:
         """The policy's tensors as they are now; peft: "merge" or "adapter"."""

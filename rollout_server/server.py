@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from rollout_server.completion import Completion, Prompt, prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
@@ -33,6 +35,7 @@ from rollout_server.http.app import layered, serving_app
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
 from rollout_server.lifecycle import Lifecycle
+from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
@@ -60,6 +63,7 @@ class RolloutServer:
         self._pids: list[int] = []
         self._engine: Engine | None = None
         self._listener: Listener | None = None
+        self._offload: OptimizerOffload | None = None
         self._request = 0
         self._on_close: list[Callable[[], None]] = []
         with self._ranks.together("attach()", config.start_timeout):
@@ -143,11 +147,13 @@ class RolloutServer:
         return self._engine.pid
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `weights` and `kv_cache` as allocated (0 while they are given back), and
-        `resident` host memory of the engine's processes."""
+        """Bytes: `weights` and `kv_cache` as allocated by the engine (0 while they are given back,
+        and for weights that are the trainer's), `resident` host memory of the engine's processes,
+        and with offload_optimizer `optimizer`, the state that is parked in host memory."""
         given_back = self.state is State.ASLEEP
         told = self._engine.description
-        return {
+        parked = {} if self._offload is None else {"optimizer": self._offload.parked_bytes}
+        return parked | {
             "weights": 0 if given_back else told["weight_bytes"],
             "kv_cache": 0 if given_back else told["kv_cache_bytes"],
             "resident": self._engine.resident_bytes,
@@ -166,7 +172,14 @@ class RolloutServer:
         that sleeps wakes up.
         """
         self._box.require_open()
-        return self._sync.push()
+        if self.state is not State.ASLEEP:
+            return self._sync.push()
+        self._make_room()
+        try:
+            return self._sync.push()
+        finally:
+            if self.state is State.ASLEEP and self._offload is not None:  # it didn't wake
+                self._offload.restore()
 
     def verify_weights(self) -> None:
         """Compare the engine's weights with the policy's; `WeightSyncError` names differences."""
@@ -182,6 +195,15 @@ class RolloutServer:
         if self._config.colocate == "resident":
             return
         self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
+        if self._offload is not None:
+            self._offload.restore()
+
+    def _make_room(self) -> None:
+        """What the trainer doesn't need now is the engine's."""
+        if self._offload is not None:
+            self._offload.park()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def wake(self) -> SyncReport | None:
         """Wake the engine with the policy's weights as they are now; None if it is awake."""
@@ -353,14 +375,18 @@ class RolloutServer:
         return self._shared.answering(self._folder, source.tensors)
 
     def _rest_while_stepping(self) -> None:
-        """With common memory, an optimizer step finds the engine asleep."""
+        """With common memory, or an optimizer whose state is parked, a step finds the engine
+        asleep."""
+
+        def rest():
+            if self.state not in (State.ASLEEP, State.BROKEN, State.CLOSED):
+                self.sleep()
+
         if self._shared is not None:
-
-            def rest():
-                if self.state is not State.ASLEEP:
-                    self.sleep()
-
             self.call_on_close(self._shared.before_each_step(rest))
+        if self._config.offload_optimizer:
+            self._offload = OptimizerOffload(self._policy.optimizer, rest)
+            self.call_on_close(self._offload.close)
 
     async def _start_engine(self, source: Source) -> None:
         from vllm.platforms import current_platform

@@ -157,6 +157,11 @@ class WeightSync:
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
         require_same(self._specs, source.specs)
+        if source.adapter is not None and not self._comparable:
+            raise ConfigError(
+                f"peft='adapter' needs weights that can be copied to where they are used, but they "
+                f"go the way of {self.path!r} ({self.reason}); use peft='merge'"
+            )
         check = self._config.check_finite
         if (check == "always" or (check == "verified" and verify)) and (bad := source.not_finite()):
             raise WeightSyncError(
@@ -305,6 +310,13 @@ def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
     """The parts; if they are left early, on to their end where other ranks gather them too."""
     try:
         yield from parts
+    except RuntimeError as error:  # of torch.distributed
+        if not collective:
+            raise
+        raise WeightSyncError(
+            f"gathering the policy's weights failed ({_first_line(error)}); another rank may have "
+            "ended: look at its output"
+        ) from error
     finally:
         if collective:
             for _ in parts:

@@ -11,7 +11,7 @@ lock=requirements/cpu.txt
 stamp="$venv/.setup-stamp"
 
 fingerprint() {
-    { echo "$PWD"; cat "$lock" setup.cfg setup.py pyproject.toml scripts/*.sh; } | sha256sum
+    { echo "$PWD"; cat "$lock" requirements/deepspeed.txt setup.cfg setup.py pyproject.toml scripts/*.sh; } | sha256sum
 }
 
 supported() {
@@ -72,6 +72,8 @@ grep -vE '^torch==' "$lock" |
     die "uv could not install $lock"
 "$venv/bin/uv" pip install -q --python "$python" --no-deps --no-build-isolation -e . ||
     die "the project itself could not be installed"
+DS_BUILD_OPS=0 "$venv/bin/uv" pip install -q --python "$python" --no-deps --no-build-isolation \
+    --target "$venv/deepspeed" -r requirements/deepspeed.txt || die "uv could not install deepspeed"
 
 fingerprint > "$stamp"
 say "done in $((SECONDS - started)) s"

@@ -49,14 +49,13 @@ class ShardedByUnits(Source):
     @torch.no_grad()
     def _walk(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor); it holds until the next is asked for. Collective."""
-        seen: set[int] = set()
         # In preorder: the root's first summon makes the state of the whole tree.
         for path, unit in self._model.named_modules():
             if isinstance(unit, FSDP):
                 _drop_stale(unit)
                 with FSDP.summon_full_params(unit, recurse=False, writeback=False):
-                    yield from _own(unit.module, f"{path}." if path else "", seen)
-        yield from _own(self._model, "", seen)  # outside of every unit
+                    yield from _own(unit.module, f"{path}." if path else "", set())
+        yield from _own(self._model, "", set())  # outside of every unit
 
 
 def _drop_stale(unit: FSDP) -> None:

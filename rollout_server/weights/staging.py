@@ -101,7 +101,7 @@ def buckets(
         first = 0
         while first < count:
             bucket = found[-1]
-            room = (limit - bucket.nbytes) // row
+            room = max(0, limit - bucket.nbytes) // row
             take = min(count - first, room)
             if name not in splittable and take < count:
                 take = count if not bucket.slots else 0

@@ -36,10 +36,10 @@ class Partitioned(Source):
         return not_finite((name, _shard(t)) for name, t in self._tensors.items())
 
     def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         for group in self._groups():
-            with GatheredParameters([t for _, t in group if hasattr(t, "ds_id")]):
+            with deepspeed.zero.GatheredParameters([t for _, t in group if hasattr(t, "ds_id")]):
                 for name, tensor in group:
                     yield name, tensor.data
 

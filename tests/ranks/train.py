@@ -5,8 +5,11 @@ Prints one JSON line per rank at its end.
 
 import hashlib
 import json
+import os
+import signal
 import sys
 import threading
+import time
 
 import psutil
 import torch
@@ -14,11 +17,51 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server import attach
+from rollout_server.weights import fsdp2
 
 MIB = 1 << 20
 
 
+class Torch:
+    """A model and its optimizer, as torch wraps and steps them."""
+
+    def __init__(self, model):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(self, ids):
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Zero3:
+    """The same with DeepSpeed."""
+
+    def __init__(self, model):
+        import deepspeed
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+    def step(self, ids):
+        self.model.backward(self.model(input_ids=ids, labels=ids).loss)
+        self.model.step()
+
+
 def wrapped(kind, model):
+    if kind == "zero3":
+        return Zero3(model)
+    return Torch(_wrapped(kind, model))
+
+
+def _wrapped(kind, model):
     if kind == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     if kind == "fsdp2":
@@ -69,9 +112,11 @@ def main():
     torch.set_num_threads(1)
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = wrapped(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    if kind == "killed":
+        return killed(folder, rank)
+    trained = wrapped(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    model = trained.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with attach(
         model, tokenizer, kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket,
         sync_timeout=60,
@@ -81,10 +126,8 @@ def main():
             server.sleep()
             torch.manual_seed(10 * step + rank)
             ids = torch.randint(0, 1000, (2, 32))
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            report = server.wake()
+            trained.step(ids)
+            server.wake()
             server.verify_weights()
             (completion,) = server.generate(
                 [21, 22, 23], {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
@@ -110,6 +153,35 @@ def main():
         }), flush=True)  # fmt: skip
         dist.barrier()
     dist.destroy_process_group()
+
+
+def killed(folder, rank):
+    """Rank 1 is killed while it gathers."""
+    model = _wrapped("fsdp2", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    server = attach(
+        model, tokenizer, kv_cache_memory_bytes=32 * MIB, progress=False, sync_timeout=15,
+        sync_bucket_bytes=8 * MIB,
+    )  # fmt: skip
+    if rank == 1:
+        gather = fsdp2._all_gather
+
+        def last_gather(*args, **options):
+            os.kill(os.getpid(), signal.SIGKILL)
+            return gather(*args, **options)
+
+        fsdp2._all_gather = last_gather
+    started = time.monotonic()
+    try:
+        server.sync_weights()
+        outcome = {"error": None, "text": ""}
+    except Exception as error:
+        outcome = {"error": type(error).__name__, "text": str(error)}
+    print(json.dumps(outcome | {
+        "rank": rank, "seconds": time.monotonic() - started, "deadline": 15,
+        "state": server.state,
+    }), flush=True)  # fmt: skip
+    server.close()
 
 
 def ask(server, url):

@@ -1,0 +1,98 @@
+"""Figures of a benchmark as a dict, and the dict as JSON and Markdown."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BASE = "memcpy"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What ran it."""
+    import vllm
+
+    told: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "processor": _processor()}
+    if device != "cpu":
+        told["gpu"] = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return told | {"threads": torch.get_num_threads()} | versions | {"vllm": vllm.__version__}
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def figures(samples: Mapping[str, Sequence[float]], nbytes: int) -> dict[str, dict[str, Any]]:
+    """Of the seconds of each way: minimum, median, maximum, GB/s of the median (each byte counted
+    once), and the ratios of medians and of minima to those of a memcpy."""
+    told = {}
+    base = samples.get(BASE)
+    for way, seconds in samples.items():
+        middle = statistics.median(seconds)
+        told[way] = {
+            "minimum": min(seconds),
+            "median": middle,
+            "maximum": max(seconds),
+            "rounds": len(seconds),
+            "gigabytes_per_second": nbytes / middle / 1e9,
+        }
+        if base:
+            told[way]["median_to_memcpy"] = middle / statistics.median(base)
+            told[way]["minimum_to_memcpy"] = min(seconds) / min(base)
+        told[way]["seconds"] = list(seconds)
+    return told
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables."""
+    model, lines = result["model"], []
+    lines.append(
+        f"{model['name']}: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, "
+        f"{model['bytes'] / 1e9:.3f} GB in {model['tensors']} tensors"
+    )
+    lines += ["", ", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
+    lines += _row("way", "minimum s", "median s", "maximum s", "rounds", "GB/s",
+                  "medians / memcpy", "minima / memcpy")  # fmt: skip
+    lines += _rule(8)
+    for way, told in result["ways"].items():
+        lines += _row(
+            way, *(f"{told[n]:.5f}" for n in ("minimum", "median", "maximum")), told["rounds"],
+            f"{told['gigabytes_per_second']:.2f}",
+            *(f"{told[n]:.3f}" if n in told else "" for n in
+              ("median_to_memcpy", "minimum_to_memcpy")),
+        )  # fmt: skip
+    columns = list(dict.fromkeys(name for row in result["memory"].values() for name in row))
+    lines += ["", "Memory in MiB; trainer and engine: proportional set size on the host", ""]
+    lines += _row("", *columns) + _rule(1 + len(columns))
+    for what, row in result["memory"].items():
+        lines += _row(what, *(f"{row[n] / 2**20:.0f}" if n in row else "" for n in columns))
+    for way, why in result["errors"].items():
+        lines += ["", f"{way} failed: {why}"]
+    return "\n".join(lines) + "\n"
+
+
+def write(result: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
+    """The files: JSON, and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(result, indent=1), ".md": markdown(result)}
+    paths = []
+    for ending, text in texts.items():
+        paths.append(folder / (name + ending))
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths
+
+
+def _row(*cells: Any) -> list[str]:
+    return ["| " + " | ".join(map(str, cells)) + " |"]
+
+
+def _rule(count: int) -> list[str]:
+    return ["|" + " --- |" * count]

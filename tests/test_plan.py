@@ -1,0 +1,185 @@
+"""The plan of a sync, recorded from loaders of every habit, without an engine."""
+
+import pytest
+import torch
+
+from rollout_server.engine.copying import Copier
+from rollout_server.engine.plan import Piece, TensorSpec, record
+from rollout_server.weights.staging import Staging, Wanted, buckets, streamed
+
+D = 4
+
+
+class Model(torch.nn.Module):
+    """Fuses q, k and v, pads its vocabulary, casts a norm, and skips what its loader skips."""
+
+    def __init__(self, parallel=1, rank=0):
+        super().__init__()
+        self.parallel, self.rank = parallel, rank
+        self.qkv = torch.nn.Parameter(torch.full((3 * D // parallel, D), 9.0))
+        self.out = torch.nn.Parameter(torch.full((D, D // parallel), 9.0))
+        self.embed = torch.nn.Parameter(torch.full((8, D), 9.0))
+        self.norm = torch.nn.Parameter(torch.full((D,), 9.0, dtype=torch.bfloat16))
+
+    def load_weights(self, weights):
+        part = D // self.parallel
+        for name, tensor in weights:
+            if name in ("q", "k", "v"):
+                at = "qkv".index(name) * part
+                self.qkv.data[at : at + part].copy_(tensor.narrow(0, self.rank * part, part))
+            elif name == "out":
+                self.out.data.copy_(tensor.narrow(1, self.rank * part, part))
+            elif name == "embed":
+                self.embed.data[: tensor.shape[0]].copy_(tensor)
+                self.embed.data[tensor.shape[0] :].fill_(0)
+            elif name == "norm":
+                assert tensor.shape == self.norm.shape, "norm has another shape"
+                self.norm.data.copy_(tensor)
+            elif name != "skipped":
+                raise KeyError(name)
+
+
+def weights():
+    torch.manual_seed(0)
+    square = {name: torch.randn(D, D) for name in ("q", "k", "v", "out")}
+    return square | {"embed": torch.randn(6, D), "norm": torch.randn(D)}
+
+
+def specs(tensors):
+    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def recorded(model, tensors):
+    meta = [(n, torch.empty(t.shape, dtype=t.dtype, device="meta")) for n, t in tensors.items()]
+    return record(model, specs(tensors), meta, write=False)
+
+
+def loaded(tensors, **how):
+    model = Model(**how)
+    model.load_weights(tensors.items())
+    return model
+
+
+def assert_same(model, other):
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("how", [{}, {"parallel": 2, "rank": 1}])
+def test_copies_by_the_plan_are_what_the_loader_does(how):
+    tensors, model = weights(), Model(**how)
+    plan = recorded(model, tensors)
+    assert (model.qkv == 9).all(), "recording wrote something"
+    assert plan.usable, plan.obstacles
+    pieces = [Piece(name, 0, t) for name, t in tensors.items()]
+    assert set(plan.mismatched(pieces)) == set(tensors)
+    Copier(*plan.pairs(pieces)).run()
+    plan.fill()
+    assert_same(model, loaded(tensors, **how))
+    assert plan.mismatched(pieces) == []
+    tensors["k"][2, 1] += 1
+    assert plan.mismatched(pieces) == ["k"]
+
+
+@pytest.mark.parametrize("how", [{}, {"parallel": 2, "rank": 0}, {"parallel": 2, "rank": 1}])
+@pytest.mark.parametrize("limit", [16, 40, 64, 1 << 20])
+def test_pieces_in_buckets_land_where_the_whole_would(how, limit):
+    tensors, model = weights(), Model(**how)
+    plan = recorded(model, tensors)
+    assert plan.splittable() == set(tensors)
+    staging = Staging(limit, Wanted({"norm": torch.bfloat16}, plan.splittable()))
+    parts = 0
+    for part in streamed(specs(tensors), iter(tensors.items()), staging, torch.device("cpu")):
+        assert part.number == parts
+        parts += 1
+        assert sum(p.tensor.nbytes for p in part.pieces) <= max(limit, 16)
+        Copier(*plan.pairs(part.pieces)).run()
+    assert part.last and (parts > 1) == (limit < 1 << 20)
+    plan.fill()
+    assert_same(model, loaded(tensors, **how))
+
+
+def test_what_cannot_be_split_gets_a_bucket_of_its_own():
+    f32 = torch.float32
+    found = buckets([("a", f32, (4,), 2), ("b", f32, (4,), 8), ("c", f32, (), 3)], 48, {"a", "c"})
+    assert [[(s.name, s.first, s.rows) for s in b.slots] for b in found] == [
+        [("a", 0, 2)], [("b", 0, 8)], [("c", 0, 3)],
+    ]  # fmt: skip
+    assert found[1].nbytes == 128
+
+
+def test_names_and_shapes_that_do_not_fit_are_listed_and_nothing_is_written():
+    tensors = weights() | {"extra": torch.zeros(2), "skipped": torch.zeros(3)}
+    tensors["norm"] = torch.zeros(D + 1)
+    model = Model()
+    with pytest.raises(ValueError) as error:
+        recorded(model, tensors)
+    text = str(error.value)
+    assert "extra (2,)" in text and "norm (5,): norm has another shape" in text
+    assert (model.embed == 9).all()
+    del tensors["extra"], tensors["norm"], tensors["q"]
+    with pytest.raises(ValueError) as error:
+        recorded(model, tensors)
+    assert "skipped (3,): nothing in the engine takes it" in str(error.value)
+    assert "norm (4,): the trainer has nothing for this parameter" in str(error.value)
+
+
+def loader(change):
+    """A model whose loader does something else with one tensor."""
+
+    class Changed(Model):
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                if not change(self, name, tensor):
+                    super().load_weights([(name, tensor)])
+
+    return Changed()
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        (lambda m, n, t: n == "norm" and m.norm.data.copy_(t + 1) is not None, "computed"),
+        (lambda m, n, t: n == "norm" and m.norm.data.add_(t) is not None, "add_"),
+        (lambda m, n, t: n == "embed" and m.embed.data[:6].copy_(t) is not None, "8 of the 32"),
+        (lambda m, n, t: n == "out" and m.out.data[:, :2].copy_(t[:, :2]) is not None, "8 of the"),
+    ],
+)
+def test_what_is_not_a_copy_is_an_obstacle(change, obstacle):
+    plan = recorded(loader(change), weights())
+    assert not plan.usable
+    assert obstacle in " ".join(plan.obstacles)
+
+
+def test_a_parameter_that_got_other_memory_makes_the_plan_stale():
+    model = Model()
+    plan = recorded(model, weights())
+    assert plan.stale(model) == []
+    model.out.data = model.out.data.clone()
+    assert plan.stale(model) == ["out"]
+
+
+def test_a_transposed_place_is_copied_right_and_cannot_be_split():
+    class Turned(Model):
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                if name == "out":
+                    self.out.data.copy_(tensor.t())
+                else:
+                    super().load_weights([(name, tensor)])
+
+    tensors, model = weights(), Turned()
+    plan = recorded(model, tensors)
+    assert "out" not in plan.splittable()
+    Copier(*plan.pairs([Piece(n, 0, t) for n, t in tensors.items()])).run()
+    assert torch.equal(model.out, tensors["out"].t())
+    with pytest.raises(ValueError, match="pieces"):
+        plan.pairs([Piece("out", 0, tensors["out"][:2])])
+
+
+def test_copies_in_several_threads_are_whole():
+    to = [torch.zeros(n) for n in (3, 5_000_000, 1, 2_000_001)] + [torch.zeros(8, 8)[:, ::2]]
+    sources = [torch.randn(t.shape) for t in to]
+    Copier(to, sources).run()
+    for mine, theirs in zip(to, sources, strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,0 +1,179 @@
+"""Several processes: real process groups, an engine each, and what happens when one fails."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from rollout_server.errors import DeadlineError, RankError
+from rollout_server.ranks import Ranks
+
+TRAIN = Path(__file__).parent / "ranks" / "train.py"
+ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
+
+
+def start(*args):
+    """The script on two ranks."""
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(Path(sys.prefix) / "deepspeed"),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(TRAIN), *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
+    )  # fmt: skip
+
+
+def told(output):
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return sorted(lines, key=lambda line: line["rank"])
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp1", "zero3"])
+def test_each_rank_has_the_policy_after_each_step(kind, tiny_folder):
+    """Three optimizer steps on each rank's own data; `verify_weights` after each, in the script."""
+    bucket = 8 * MIB
+    process = start(kind, tiny_folder, bucket)
+    output, errors = process.communicate(timeout=380)
+    assert process.returncode == 0, errors[-4000:]
+    first, second = told(output)
+    assert first["version"] == second["version"] == 5
+    assert first["answers"] == second["answers"]
+    assert first["answers"][0] != first["answers"][-1], "the steps changed nothing"
+    for line in (first, second):
+        assert line["greedy"] and line["gap"] < 1e-3
+        assert line["path"] == "plan"
+        assert line["urls"] == [first["own"], second["own"]]
+        assert line["reached"] == [5, 5]
+    assert first["key"] == second["key"]
+    print(kind, first)
+    if kind == "fsdp2":
+        assert first["tensors"] > 26, "nothing came in pieces"
+        assert max(first["peak"], second["peak"]) <= 2 * bucket + 1 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, port):
+    # Not by torchrun, which ends the others itself.
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TRAIN), "killed", tiny_folder, str(8 * MIB)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | launched | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    output, errors = processes[0].communicate(timeout=280)
+    assert processes[1].wait(5) == -signal.SIGKILL
+    (line,) = told(output)
+    assert line["error"] == "WeightSyncError", errors[-3000:]
+    assert "another rank may have ended" in line["text"]
+    assert line["seconds"] < line["deadline"]
+    assert line["state"] == "broken"
+
+
+# -- agreement, without an engine -------------------------------------------------------------
+
+
+def _rank(rank, port, script, results):
+    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    ranks = Ranks.join()
+    try:
+        results.put((rank, script(ranks)))
+    except Exception as error:
+        results.put((rank, error))
+    time.sleep(3 if rank == 0 else 0)  # it keeps the store
+    dist.destroy_process_group()
+
+
+def together(script, port):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, port, script, results), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in range(2))
+    for process in processes:
+        process.join(20)
+        process.kill()
+    return found[0], found[1]
+
+
+def test_a_process_alone_needs_nobody():
+    ranks = Ranks.join()
+    assert (ranks.rank, ranks.size, ranks.local_rank) == (0, 1, 0)
+    assert ranks.gather("x", 5, 0.1) == [5]
+    with ranks.together("x", 0.1):
+        pass
+    with pytest.raises(KeyError), ranks.together("x", 0.1):
+        raise KeyError
+
+
+def test_values_come_in_the_order_of_the_ranks(port):
+    first, second = together(lambda r: [r.gather("x", r.rank + i, 20) for i in range(5)], port)
+    assert first == second == [[i, i + 1] for i in range(5)]
+
+
+def _one_fails(ranks):
+    with ranks.together("sync", 20):
+        pass
+    with ranks.together("sync", 20):
+        if ranks.rank == 1:
+            raise ValueError("no memory left")
+
+
+def test_a_failure_of_one_is_a_failure_of_all_with_its_reason(port):
+    first, second = together(_one_fails, port)
+    assert isinstance(second, ValueError)
+    assert isinstance(first, RankError)
+    assert "rank 1 failed: ValueError: no memory left" in str(first)
+
+
+def _one_is_absent(ranks):
+    if ranks.rank == 1:
+        time.sleep(2.5)
+        return None
+    started = time.monotonic()
+    try:
+        ranks.gather("sync_weights()", None, 1.0)
+    except DeadlineError as error:
+        return time.monotonic() - started, str(error)
+
+
+def test_a_rank_alone_is_told_who_is_missing(port):
+    (seconds, text), _ = together(_one_is_absent, port)
+    assert 0.9 < seconds < 2.4
+    assert "sync_weights(): rank 1 didn't come within 1 s" in text
+
+
+def test_ranks_that_call_different_things_are_told(port):
+    first, second = together(lambda r: r.gather(["sync", "verify"][r.rank], None, 20), port)
+    assert isinstance(first, RankError) and "rank 1 called verify" in str(first)
+    assert isinstance(second, RankError) and "rank 0 called sync" in str(second)
