@@ -77,6 +77,7 @@ def shared_server(shared_model, tokenizer):
         tokenizer,
         kv_cache_memory_bytes=256 * MIB,
         hold_timeout=30,
+        check_finite="always",
         progress=False,
     ) as server:
         yield server

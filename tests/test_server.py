@@ -1,5 +1,6 @@
 """The handle, over one shared engine: generation, weights, sleep."""
 
+import os
 import threading
 import time
 
@@ -9,6 +10,7 @@ import torch
 from support import MIB, greedy, large_step, trainer_logprobs
 
 from rollout_server.errors import (
+    DeadlineError,
     NotAvailableError,
     PromptTooLongError,
     SamplingError,
@@ -129,6 +131,79 @@ def test_a_parameter_whose_memory_moved_is_found_again(server, shared_model):
     server.sync_weights()
     server.verify_weights()
     assert greedy(server, [31, 32]).ids == greedy(server, [31, 32]).ids
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_weights_that_are_not_finite_are_refused_by_name(server, shared_model, asleep):
+    """Nothing is written: the engine goes on with what it has, or sleeps on."""
+    before, version = greedy(server, [31, 32]).ids, server.policy_version
+    norm = shared_model.model.norm.weight
+    good = norm.detach().clone()
+    if asleep:
+        server.sleep()
+    for bad in (torch.nan, -torch.inf):
+        with torch.no_grad():
+            norm[3] = bad
+        with pytest.raises(WeightSyncError, match=r"NaN or infinity in \['model\.norm\.weight'\]"):
+            server.sync_weights()
+    assert server.policy_version == version
+    assert server.state == ("asleep" if asleep else "awake")
+    if not asleep:
+        assert greedy(server, [31, 32]).ids == before
+    with torch.no_grad():
+        norm.copy_(good)
+    assert server.sync_weights().version == version + 1
+    assert greedy(server, [31, 32]).ids == before
+
+
+def test_other_tensors_than_at_attach_are_refused_with_the_list(server, shared_model):
+    norm, version = shared_model.model.norm, server.policy_version
+    good = norm.weight
+    norm.weight = torch.nn.Parameter(torch.ones(64))
+    norm.bias = torch.nn.Parameter(torch.ones(128))
+    try:
+        with pytest.raises(WeightSyncError) as error:
+            server.sync_weights()
+        assert "model.norm.bias (128,) is new" in str(error.value)
+        assert "model.norm.weight had shape (128,), has (64,)" in str(error.value)
+        norm.weight, norm.bias = torch.nn.Parameter(good.bfloat16()), None
+        with pytest.raises(WeightSyncError, match=r"had torch\.float32, has torch\.bfloat16"):
+            server.sync_weights()
+    finally:
+        norm.weight, norm.bias = good, None
+    assert (server.state, server.policy_version) == ("awake", version)
+    server.sync_weights()
+
+
+def test_a_sync_that_waits_for_another_has_a_deadline(server, monkeypatch):
+    kind = type(server._sync)
+    monkeypatch.setattr(kind, "_allowed", property(lambda _: 0.2))
+    with server._sync._turn(), pytest.raises(DeadlineError, match="another sync_weights"):
+        server.sync_weights()
+    assert server.sync_weights().version == server.policy_version
+
+
+def test_two_hundred_syncs_leave_nothing_behind(server, shared_model):
+    processes = [psutil.Process(), psutil.Process(server.engine_pid)]
+
+    def held():
+        shared = [name for name in os.listdir("/dev/shm") if name.startswith("torch_")]
+        return len(shared), [p.num_fds() for p in processes], [p.num_threads() for p in processes]
+
+    def resident():
+        return [p.memory_info().rss for p in processes]
+
+    for _ in range(20):
+        server.sync_weights()
+    before, memory = held(), resident()
+    for number in range(200):
+        if number % 20 == 0:  # memory that moves is found, and the old let go
+            up = shared_model.model.layers[0].mlp.up_proj.weight
+            up.data = up.data.clone()
+        server.sync_weights()
+    assert held() == before
+    for now, then in zip(resident(), memory, strict=True):
+        assert now <= then + 8 * MIB
 
 
 def test_twenty_cycles_leave_no_memory_behind(server):

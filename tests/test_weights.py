@@ -2,15 +2,15 @@
 
 import multiprocessing
 import os
+import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from rollout_server.engine.plan import Part, Piece
-from rollout_server.errors import NotAvailableError, UnsupportedModelError
+from rollout_server.errors import UnsupportedModelError
 from rollout_server.weights import transport
-from rollout_server.weights.source import policy_tensors
+from rollout_server.weights.source import not_finite, policy_tensors
 from rollout_server.weights.transport import Exporter, Importer
 
 
@@ -36,9 +36,7 @@ def test_wrappers_leave_no_trace_in_the_names(tiny, process_group):
     assert set(policy_tensors(torch.nn.parallel.DistributedDataParallel(tiny))) == plain
 
 
-def test_models_that_cannot_be_read_are_refused(tiny):
-    with pytest.raises(NotAvailableError, match="PEFT"):
-        policy_tensors(get_peft_model(tiny, LoraConfig(target_modules=["q_proj"])))
+def test_models_that_cannot_be_read_are_refused():
     with torch.device("meta"), pytest.raises(UnsupportedModelError, match="meta"):
         policy_tensors(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="no parameters"):
@@ -121,7 +119,40 @@ def test_handles_that_were_never_sent_are_an_error(other_process):
 
 
 def test_a_message_can_hold_nothing_but_handles():
-    import pickle
-
     with pytest.raises(pickle.UnpicklingError, match="system"):
         Importer().open(pickle.dumps((1, [("x", os.system)])))
+
+
+def test_handles_of_another_torch_are_refused(monkeypatch):
+    message = Exporter().export(whole(tensors()))
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    with pytest.raises(RuntimeError, match=r"the engine 2\.0\.0.*one torch"):
+        Importer().open(message)
+
+
+def test_tensors_of_one_storage_are_opened_once():
+    base = torch.arange(24.0).reshape(4, 6)
+    given = {"whole": base, "rows": base[1:3], "last": base[3], "turned": base.t()}
+    exporter, importer = Exporter(), Importer()
+    message = exporter.export(whole(given))
+    storages, views = pickle.loads(message)[-1]
+    assert (len(storages), len(views)) == (2, 4), "not one for what is whole and one for a copy"
+    opened = importer.open(message)
+    assert opened.bytes == sum(t.nbytes for t in given.values())
+    base[1, 2] = 99
+    for piece in opened.pieces[:3]:
+        assert torch.equal(piece.tensor, given[piece.name])
+    again = exporter.export(whole(given))
+    assert importer.open(again) is opened
+    assert exporter.forget() and not exporter.forget()
+    importer.forget()
+    with pytest.raises(RuntimeError, match="never sent"):
+        importer.open(again)
+    assert len(importer.open(exporter.export(whole(given))).pieces) == 4
+
+
+def test_not_finite_names_the_tensors():
+    given = tensors() | {"ids": torch.arange(3), "none": torch.zeros(0)}
+    assert not_finite(given.items()) == []
+    given["half"][1, 1], given["turned"][0, 0] = torch.inf, torch.nan
+    assert not_finite(given.items()) == ["whole", "turned", "half"]

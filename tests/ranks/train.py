@@ -156,7 +156,7 @@ def main():
 
 
 def killed(folder, rank):
-    """Rank 1 is killed while it gathers."""
+    """Rank 1 is killed while it gathers the second bucket: the first is in rank 0's engine."""
     model = _wrapped("fsdp2", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     server = attach(
@@ -164,11 +164,12 @@ def killed(folder, rank):
         sync_bucket_bytes=8 * MIB,
     )  # fmt: skip
     if rank == 1:
-        gather = fsdp2._all_gather
+        gather, gathered = fsdp2._all_gather, []
 
         def last_gather(*args, **options):
-            os.kill(os.getpid(), signal.SIGKILL)
-            return gather(*args, **options)
+            if gathered:
+                os.kill(os.getpid(), signal.SIGKILL)
+            gathered.append(gather(*args, **options))
 
         fsdp2._all_gather = last_gather
     started = time.monotonic()
