@@ -177,6 +177,13 @@ class RolloutConfig:
         return 2 * steps
 
     def _refuse_what_is_not_there_yet(self):
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if self.engine_args.get(name, 1) not in (1, None):
+                raise NotAvailableError(
+                    f"engine_args[{name!r}]={self.engine_args[name]!r}: an engine over several "
+                    "devices isn't available in this version; launch one process per device "
+                    "(accelerate launch --num_processes), each gets an engine of its own"
+                )
         if self.max_restarts:
             raise NotAvailableError(
                 f"max_restarts={self.max_restarts}: restarting a dead engine isn't available in "

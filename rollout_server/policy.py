@@ -57,8 +57,13 @@ class Policy:
         )  # fmt: skip
 
     @property
-    def device(self) -> torch.device:
-        return next(iter(self.bare.parameters())).device
+    def gpu(self) -> int | None:
+        """Index of the policy's GPU as torch counts, None without one. A model that its trainer
+        will move there, as FSDP's does, is counted to the process's current one."""
+        device = next(iter(self.bare.parameters())).device
+        if device.type == "cuda":
+            return device.index
+        return torch.cuda.current_device() if torch.cuda.is_available() else None
 
     @property
     def base_name(self) -> str | None:

@@ -400,7 +400,7 @@ class RolloutServer:
         arguments = engine_arguments(
             config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu
         )
-        variables = engine_variables(on_cpu, policy.device.index, self._folder)
+        variables = engine_variables(on_cpu, policy.gpu, self._folder)
         if source.adapter is not None:
             arguments = adapter_arguments(source.adapter) | arguments
         log = os.path.join(self._folder, "engine.log")

@@ -148,7 +148,7 @@ class WeightSync:
             )
         with self._turn(), self._together("verify_weights()"):
             source = self._policy.source(self._config.peft)
-            require_same(self._specs, source.specs)
+            require_same(self._specs, source.specs, dtypes=self._shared is not None)
             try:
                 self._compare(source, self._read)
             finally:
@@ -156,7 +156,7 @@ class WeightSync:
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
-        require_same(self._specs, source.specs)
+        require_same(self._specs, source.specs, dtypes=self._shared is not None)
         if source.adapter is not None and not self._comparable:
             raise ConfigError(
                 f"peft='adapter' needs weights that can be copied to where they are used, but they "

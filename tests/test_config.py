@@ -47,6 +47,8 @@ def test_a_bad_option_is_named_with_its_value_and_the_remedy(options, parts):
 def test_what_is_not_there_yet_says_so():
     with pytest.raises(NotAvailableError, match="max_restarts"):
         RolloutConfig(max_restarts=2)
+    with pytest.raises(NotAvailableError, match=r"engine_args\['tensor_parallel_size'\]=2"):
+        RolloutConfig(engine_args={"tensor_parallel_size": 2})
 
 
 def test_a_key_is_never_shown():

@@ -116,6 +116,7 @@ def test_names_and_shapes_that_do_not_fit_are_listed_and_nothing_is_written():
         recorded(model, tensors)
     text = str(error.value)
     assert "extra (2,)" in text and "norm (5,): norm has another shape" in text
+    assert "skipped (3,): nothing in the engine takes it" in text
     assert (model.embed == 9).all()
     del tensors["extra"], tensors["norm"], tensors["q"]
     with pytest.raises(ValueError) as error:

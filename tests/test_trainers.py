@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import MIB, greedy, trainer_logprobs
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout_server import attach
@@ -113,9 +114,7 @@ def test_shared_memory(tiny, tokenizer, tmp_path):
         tiny.model.norm.weight.register_post_accumulate_grad_hook(
             lambda _: states.append(str(server.state))
         )
-        hook = torch.optim.optimizer.register_optimizer_step_post_hook(
-            lambda *_: states.append(str(server.state))
-        )
+        hook = register_optimizer_step_post_hook(lambda *_: states.append(str(server.state)))
         reports = train(server, tiny)
         hook.remove()
         assert states == ["awake", "asleep"] * 3
@@ -131,6 +130,11 @@ def test_shared_memory(tiny, tokenizer, tmp_path):
         assert (report.bytes, report.tensors) == (up.numel() * 4, 1)
         assert_equal(server, tiny)
         assert server.sync_weights().bytes == 0
+        tiny.model.norm.to(torch.float64)
+        with pytest.raises(WeightSyncError, match=r"norm\.weight had torch\.float32, has torch\."):
+            server.sync_weights()
+        tiny.model.norm.to(torch.float32)
+        server.sync_weights()
         # Checkpoints of a policy whose parameters have a memory in common.
         tiny.save_pretrained(tmp_path)
         again = type(tiny).from_pretrained(tmp_path, dtype=torch.float32)

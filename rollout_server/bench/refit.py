@@ -74,7 +74,7 @@ def refit(
     first = next(iter(tensors.values()))
     kept = {"trainer alone": memory()}
     errors: dict[str, str] = {}
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[report.Sample]] = {}
     if any(way != "share" for way in wanted):
         with _attached(policy, tokenizer, wanted, errors) as (server, usable):
             kept |= _memory_of(server, "two copies")
@@ -85,7 +85,8 @@ def refit(
             kept |= _memory_of(server, "share")
             ways = [Way("share", lambda: _seconds(server.sync_weights))]
             shared = _measure(policy, server, ways, nbytes, first, rounds)
-            samples = shared | samples | {"share": shared["share"]}
+            shared["memcpy"] = samples.get("memcpy", []) + shared["memcpy"]
+            samples |= shared
     return {
         "machine": report.machine(first.device.type),
         "model": {
@@ -149,17 +150,18 @@ def _copying(server: RolloutServer, policy: Any, wanted: tuple[str, ...], usable
 def _measure(
     policy: Any, server: RolloutServer, ways: list[Way], nbytes: int, like: torch.Tensor,
     rounds: int,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[report.Sample]]:  # fmt: skip
     for way in ways:
         _prove(way, policy, server)
-    ways = [_memcpy(nbytes, like), *ways]
-    for _ in range(2):
-        ways[0].run()
-    samples: dict[str, list[float]] = {way.name: [] for way in ways}
+    memcpy = _memcpy(nbytes, like)
+    memcpy()
+    samples: dict[str, list[report.Sample]] = {"memcpy": []} | {way.name: [] for way in ways}
     for number in range(rounds):
+        base = memcpy()
+        samples["memcpy"].append(report.Sample(base, base))
         for way in ways:
             if number % way.every == 0:
-                samples[way.name].append(way.run())
+                samples[way.name].append(report.Sample(way.run(), base))
     return samples
 
 
@@ -172,7 +174,7 @@ def _prove(way: Way, policy: Any, server: RolloutServer) -> None:
     server.verify_weights()
 
 
-def _memcpy(nbytes: int, like: torch.Tensor) -> Way:
+def _memcpy(nbytes: int, like: torch.Tensor) -> Callable[[], float]:
     count = nbytes // like.element_size()
     source = torch.ones(count, dtype=like.dtype, device=like.device)
     to = torch.zeros_like(source)
@@ -181,7 +183,7 @@ def _memcpy(nbytes: int, like: torch.Tensor) -> Way:
         to.copy_(source)
         _finish_device_work()
 
-    return Way(report.BASE, lambda: _seconds(copy))
+    return lambda: _seconds(copy)
 
 
 def _wake(server: RolloutServer) -> float:

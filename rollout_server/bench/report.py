@@ -6,11 +6,16 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-BASE = "memcpy"
+
+class Sample(NamedTuple):
+    """Seconds, and those of the memcpy of the same round."""
+
+    seconds: float
+    memcpy: float
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -30,12 +35,13 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def figures(samples: Mapping[str, Sequence[float]], nbytes: int) -> dict[str, dict[str, Any]]:
-    """Of the seconds of each way: minimum, median, maximum, GB/s of the median (each byte counted
-    once), and the ratios of medians and of minima to those of a memcpy."""
+def figures(samples: Mapping[str, Sequence[Sample]], nbytes: int) -> dict[str, dict[str, Any]]:
+    """Of each way: minimum, median, maximum; GB/s of the median, each byte counted once; and
+    ratios to a memcpy: of the medians, of the minima, and the median of each round's ratio, which
+    a noisy machine disturbs least."""
     told = {}
-    base = samples.get(BASE)
-    for way, seconds in samples.items():
+    for way, pairs in samples.items():
+        seconds, base = zip(*pairs, strict=True)
         middle = statistics.median(seconds)
         told[way] = {
             "minimum": min(seconds),
@@ -43,11 +49,11 @@ def figures(samples: Mapping[str, Sequence[float]], nbytes: int) -> dict[str, di
             "maximum": max(seconds),
             "rounds": len(seconds),
             "gigabytes_per_second": nbytes / middle / 1e9,
+            "medians_ratio": middle / statistics.median(base),
+            "minima_ratio": min(seconds) / min(base),
+            "rounds_ratio": statistics.median(s / b for s, b in pairs),
+            "seconds": list(seconds),
         }
-        if base:
-            told[way]["median_to_memcpy"] = middle / statistics.median(base)
-            told[way]["minimum_to_memcpy"] = min(seconds) / min(base)
-        told[way]["seconds"] = list(seconds)
     return told
 
 
@@ -59,16 +65,14 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{model['bytes'] / 1e9:.3f} GB in {model['tensors']} tensors"
     )
     lines += ["", ", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
-    lines += _row("way", "minimum s", "median s", "maximum s", "rounds", "GB/s",
-                  "medians / memcpy", "minima / memcpy")  # fmt: skip
-    lines += _rule(8)
+    heads = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
+    heads += ("/ memcpy: medians", "minima", "median of rounds")
+    lines += _row(*heads) + _rule(len(heads))
     for way, told in result["ways"].items():
-        lines += _row(
-            way, *(f"{told[n]:.5f}" for n in ("minimum", "median", "maximum")), told["rounds"],
-            f"{told['gigabytes_per_second']:.2f}",
-            *(f"{told[n]:.3f}" if n in told else "" for n in
-              ("median_to_memcpy", "minimum_to_memcpy")),
-        )  # fmt: skip
+        times = [f"{told[n]:.5f}" for n in ("minimum", "median", "maximum")]
+        ratios = [f"{told[n]:.3f}" for n in ("medians_ratio", "minima_ratio", "rounds_ratio")]
+        rate = f"{told['gigabytes_per_second']:.2f}"
+        lines += _row(way, *times, told["rounds"], rate, *ratios)
     columns = list(dict.fromkeys(name for row in result["memory"].values() for name in row))
     lines += ["", "Memory in MiB; trainer and engine: proportional set size on the host", ""]
     lines += _row("", *columns) + _rule(1 + len(columns))

@@ -85,6 +85,12 @@ def engine_variables(on_cpu: bool, device: int | None, folder: str) -> dict[str,
     if len(folder) <= _SOCKET_FOLDER:
         # vLLM leaves sockets and files behind; this folder is removed with all of them.
         variables["VLLM_RPC_BASE_PATH"] = variables["TMPDIR"] = folder
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        # vLLM's sleep doesn't work with expandable segments; the trainer may have them.
+        settings = os.environ.get(name, "").split(",")
+        kept = [s for s in settings if not s.strip().startswith("expandable_segments")]
+        if kept != settings:
+            variables[name] = ",".join(kept)
     if on_cpu:
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.

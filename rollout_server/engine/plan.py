@@ -211,7 +211,14 @@ def _refused(model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
         except Exception as error:
             why = str(error).strip() or type(error).__name__
             lines.append(f"{name} {tuple(spec.shape)}: {why.splitlines()[0]}")
+        else:
+            if not plan.copies and not plan.obstacles and not spec.is_buffer:
+                lines.append(_untaken(name, spec))
     return lines
+
+
+def _untaken(name: str, spec: TensorSpec) -> str:
+    return f"{name} {tuple(spec.shape)}: nothing in the engine takes it"
 
 
 def _require_all_taken(model: torch.nn.Module, plan: Plan) -> None:
@@ -219,7 +226,7 @@ def _require_all_taken(model: torch.nn.Module, plan: Plan) -> None:
     if plan.obstacles:  # then what was taken isn't known in full
         return
     lines = [
-        f"{name} {tuple(spec.shape)}: nothing in the engine takes it"
+        _untaken(name, spec)
         for name, spec in plan.specs.items()
         if name not in plan.copies and not spec.is_buffer
     ]

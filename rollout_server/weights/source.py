@@ -82,15 +82,20 @@ class Source:
         return not_finite(self._tensors.items())
 
 
-def require_same(then: Mapping[str, TensorSpec], now: Mapping[str, TensorSpec]) -> None:
-    """`WeightSyncError` unless the policy has the tensors that the engine was started for."""
+def require_same(
+    then: Mapping[str, TensorSpec], now: Mapping[str, TensorSpec], dtypes: bool
+) -> None:
+    """`WeightSyncError` unless the policy has the tensors that the engine was started for.
+
+    dtypes: whether these must be the same too; a copy casts, and mixed precision changes them.
+    """
     lines = [f"{name} is gone" for name in then.keys() - now.keys()]
     lines += [f"{name} {now[name].shape} is new" for name in now.keys() - then.keys()]
     for name in then.keys() & now.keys():
         old, new = then[name], now[name]
         if old.shape != new.shape:
             lines.append(f"{name} had shape {old.shape}, has {new.shape}")
-        elif old.dtype != new.dtype:
+        elif dtypes and old.dtype != new.dtype:
             lines.append(f"{name} had {old.dtype}, has {new.dtype}")
     if lines:
         raise WeightSyncError(

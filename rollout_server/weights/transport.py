@@ -19,8 +19,13 @@ from typing import NamedTuple
 import torch
 
 from rollout_server.engine.plan import Part, Piece
+from rollout_server.errors import WeightSyncError
 
 _SHM = "/dev/shm"
+_REMEDY = (
+    "; if the trainer runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set "
+    "expandable_segments:False"
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class CudaIpc:
             return self.rebuild(*arguments).untyped_storage()
         except RuntimeError as error:
             raise RuntimeError(
-                f"CUDA refuses to open the trainer's memory ({error}); if the trainer runs with "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set that to False"
+                f"CUDA refuses to open the trainer's memory ({error}){_REMEDY}"
             ) from error
 
 
@@ -213,7 +217,12 @@ def handle(storage: torch.UntypedStorage) -> SharedMemory | CudaIpc:
     from torch.multiprocessing.reductions import reduce_tensor
 
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return CudaIpc(*reduce_tensor(flat))
+    try:
+        return CudaIpc(*reduce_tensor(flat))
+    except RuntimeError as error:
+        raise WeightSyncError(
+            f"CUDA gives no handle of the policy's memory ({error}){_REMEDY}"
+        ) from (error)
 
 
 def _in_shared_memory(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KIND FOLDER.
+"""One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KINDS FOLDER BYTES.
 
 Prints one JSON line per rank at its end.
 """
@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout_server import attach
+from rollout_server import RolloutConfig, attach
+from rollout_server.attach import serve
+from rollout_server.policy import Policy
 from rollout_server.weights import fsdp2
 
 MIB = 1 << 20
@@ -106,50 +108,60 @@ class Peak:
         self.extra -= self._start
 
 
+def run(kind, server, current, folder):
+    """Three optimizer steps on this rank's own data; the engine follows."""
+    torch.manual_seed(0)
+    trained = wrapped(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    current[0] = model = trained.model
+    answers, rank = [], dist.get_rank()
+    for step in range(3):
+        server.sleep()
+        torch.manual_seed(10 * step + rank)
+        trained.step(torch.randint(0, 1000, (2, 32)))
+        server.wake()
+        server.verify_weights()
+        (completion,) = server.generate(
+            [21, 22, 23], {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+        )
+        answers.append(completion.ids)
+    server.sync_weights()
+    with Peak() as peak:
+        report = server.sync_weights()
+    # The trainer's own model, as it is now, says the same.
+    with torch.no_grad():
+        tokens = torch.tensor([[21, 22, 23, *completion.ids]])
+        own = model(input_ids=tokens).logits[0, 2:-1].float().log_softmax(-1)
+    gap = (own[range(8), completion.ids] - torch.tensor(completion.logprobs)).abs().max()
+    return {
+        "version": server.policy_version, "answers": answers, "gap": float(gap),
+        "greedy": own.argmax(-1).tolist() == completion.ids, "path": report.path,
+        "bytes": report.bytes, "tensors": report.tensors, "seconds": report.seconds,
+        "peak": peak.extra,
+    }  # fmt: skip
+
+
 def main():
-    kind, folder, bucket = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    kinds, folder, bucket = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3])
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank = dist.get_rank()
-    torch.manual_seed(0)
-    if kind == "killed":
+    if kinds == ["killed"]:
         return killed(folder, rank)
-    trained = wrapped(kind, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    model = trained.model
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with attach(
-        model, tokenizer, kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket,
-        sync_timeout=60,
-    ) as server:  # fmt: skip
-        answers = []
-        for step in range(3):
-            server.sleep()
-            torch.manual_seed(10 * step + rank)
-            ids = torch.randint(0, 1000, (2, 32))
-            trained.step(ids)
-            server.wake()
-            server.verify_weights()
-            (completion,) = server.generate(
-                [21, 22, 23], {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
-            )
-            answers.append(completion.ids)
-        server.sync_weights()
-        with Peak() as peak:
-            report = server.sync_weights()
-        # The trainer's own model, as it is now, says the same.
-        with torch.no_grad():
-            tokens = torch.tensor([[21, 22, 23, *completion.ids]])
-            own = model(input_ids=tokens).logits[0, 2:-1].float().log_softmax(-1)
-        gap = (own[range(8), completion.ids] - torch.tensor(completion.logprobs)).abs().max()
-        dist.barrier()  # no request while the other is still being asked
-        reached = [ask(server, url) for url in server.base_urls]
+    # One engine for all kinds: a trainer, too, wraps its model after attach().
+    current = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)]
+    policy = Policy(
+        model=lambda: current[0], tokenizer=AutoTokenizer.from_pretrained(folder), owner=current[0]
+    )
+    config = RolloutConfig(
+        kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket, sync_timeout=60
+    )
+    with serve(policy, config) as server:
+        results = {kind: run(kind, server, current, folder) for kind in kinds}
+        dist.barrier()  # no request while the other's weights move
         print(json.dumps({
-            "rank": rank, "version": server.policy_version, "answers": answers,
-            "urls": server.base_urls, "own": server.base_url, "reached": reached,
+            "rank": rank, "urls": server.base_urls, "own": server.base_url, "kinds": results,
+            "reached": [ask(server, url) for url in server.base_urls],
             "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
-            "gap": float(gap), "greedy": own.argmax(-1).tolist() == completion.ids,
-            "path": report.path, "bytes": report.bytes, "tensors": report.tensors,
-            "seconds": report.seconds, "peak": peak.extra,
         }), flush=True)  # fmt: skip
         dist.barrier()
     dist.destroy_process_group()
