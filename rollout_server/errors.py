@@ -71,3 +71,8 @@ class SamplingError(RolloutServerError, ValueError):
 
 class PromptTooLongError(RolloutServerError, ValueError):
     """A prompt is longer than the engine's context."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a line of a message has room for."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from typing import Any
 
 from rollout_server.config import RolloutConfig
 from rollout_server.engine.engine import Engine
-from rollout_server.errors import DeadlineError, StateError
+from rollout_server.errors import DeadlineError, StateError, first_line
 from rollout_server.http.gate import Gate
 from rollout_server.state import State, StateBox
 
@@ -103,8 +103,7 @@ class Lifecycle:
         try:
             yield
         except BaseException as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            self._break(f"{doing}: {first}")
+            self._break(f"{doing}: {first_line(error)}")
             raise
 
     def _break(self, why: str) -> None:

@@ -34,6 +34,7 @@ from rollout_server.errors import (
     NotAvailableError,
     RolloutServerError,
     WeightSyncError,
+    first_line,
 )
 from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
@@ -123,7 +124,7 @@ class WeightSync:
                 version = self._call(sync.commit())
             except BaseException as error:
                 if sync is not None:
-                    self._call(sync.abort(_first_line(error)))
+                    self._call(sync.abort(first_line(error)))
                 raise
             finally:
                 self._tidy(source)
@@ -314,7 +315,7 @@ def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
         if not collective:
             raise
         raise WeightSyncError(
-            f"gathering the policy's weights failed ({_first_line(error)}); another rank may have "
+            f"gathering the policy's weights failed ({first_line(error)}); another rank may have "
             "ended: look at its output"
         ) from error
     finally:
@@ -333,7 +334,3 @@ def _wanted(description: Mapping[str, Any]) -> Wanted:
         {name: getattr(torch, dtype) for name, dtype in description["dtypes"].items()},
         set(description["splittable"]),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from rollout_server.integrations.trl import logp_difference, recognises
 from support import MIB
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ def reward_length(completions, **_):
 
 @pytest.fixture
 def make_trainer(tiny_folder, tokenizer, tmp_path):
-    def make(trainer=GRPOTrainer, config=GRPOConfig, evaluate=False, **options):
+    def make(trainer=GRPOTrainer, config=GRPOConfig, evaluate=False, peft=None, **options):
         data = Dataset.from_list([{"prompt": f"Say {i} times {i}"} for i in range(32)])
         settings = dict(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
@@ -35,6 +36,7 @@ def make_trainer(tiny_folder, tokenizer, tmp_path):
             eval_dataset=data.select(range(4)) if evaluate else None,
             reward_funcs=reward_length,
             processing_class=tokenizer,
+            peft_config=peft,
         )
 
     return make
@@ -97,6 +99,28 @@ def test_training(make_trainer, trainer, config, options):
     # The trainer generates by itself again.
     assert trainer.use_vllm is False
     assert "_generate" not in vars(trainer) and not hasattr(trainer, "vllm_generation")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_in_shared_memory(make_trainer, lora):
+    """Nothing is sent, or the adapter alone; the engine rests while the trainer computes."""
+    trainer = make_trainer(peft=LoraConfig(target_modules=["q_proj", "v_proj"]) if lora else None)
+    begin = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    reports, states = [], []
+    options = {"colocate": "share", "peft": "adapter", "offload_optimizer": True}
+    with attach(trainer, **options, **QUICK) as server:
+        sync, loss = server.sync_weights, trainer.compute_loss
+        server.sync_weights = lambda: (reports.append(sync()), reports[-1])[1]
+        trainer.compute_loss = lambda *a, **k: (states.append(str(server.state)), loss(*a, **k))[1]
+        trainer.train()
+        server.verify_weights()
+        assert {n for n, p in trainer.model.named_parameters() if (p != begin[n]).any()} == {
+            n for n, p in trainer.model.named_parameters() if p.requires_grad
+        }
+        assert set(states) == {"asleep"} and len(reports) == 4
+        sent = sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad)
+        assert {r.bytes for r in reports} == {sent if lora else 0}
+        assert max(values(trainer, "rollout/logp_difference")) < 1e-3
 
 
 def test_rollouts_are_those_the_engine_sampled(make_trainer):

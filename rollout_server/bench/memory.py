@@ -12,11 +12,12 @@ import torch
 def memory(engine_pid: int | None = None) -> dict[str, int]:
     """`trainer` and `engine`: proportional set size on the host, in which a page that both map
     counts half for each; `..._resident`: in which it counts for both; `device`: GPU memory in use,
-    by whomever."""
+    by whomever. `together`: host memory of both, each page once."""
     _trim()
     told = _host("trainer", psutil.Process(os.getpid()), descend=False)
     if engine_pid is not None:
         told |= _host("engine", psutil.Process(engine_pid), descend=True)
+    told["together"] = told["trainer"] + told.get("engine", 0)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         told["device"] = total - free

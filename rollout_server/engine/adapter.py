@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout_server.engine import compat
 from rollout_server.engine.plan import Piece
+from rollout_server.engine.storages import identity
 from rollout_server.errors import NotAvailableError
 
 ADAPTER_ID = 1
@@ -121,13 +122,13 @@ class _Recorder(TorchDispatchMode):
     def stand_in(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         stand_in = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
         self._kept.append(stand_in)  # so that no other storage gets its identity
-        self._names[stand_in.untyped_storage()._cdata] = name
+        self._names[identity(stand_in)] = name
         return stand_in
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             place, source = args[:2]
-            name = self._names.get(source.untyped_storage()._cdata)
+            name = self._names.get(identity(source))
             if name is None:
                 raise ValueError(
                     f"vLLM rearranges the adapter for a buffer of shape {tuple(place.shape)}; use "

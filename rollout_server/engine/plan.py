@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rollout_server.engine.storages import identity
+
 
 class Piece(NamedTuple):
     """Rows `row`, `row + 1`, ... of the tensor `name`; all of it where `tensor` has its shape."""
@@ -115,8 +117,8 @@ class Plan:
 
     def stale(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the model that have other memory than when the plan was made."""
-        written = {_storage(c.to) for copies in self.copies.values() for c in copies}
-        return [n for n, p in model.named_parameters() if _storage(p) not in written]
+        written = {identity(c.to) for copies in self.copies.values() for c in copies}
+        return [n for n, p in model.named_parameters() if identity(p) not in written]
 
 
 def record(
@@ -154,7 +156,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module, plan: Plan, write: bool):
         super().__init__()
-        self._model = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
+        self._model = {identity(t) for t in [*model.parameters(), *model.buffers()]}
         self._plan = plan
         self._write = write
         self._name = ""
@@ -164,7 +166,7 @@ class _Recorder(TorchDispatchMode):
         self, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for self._name, tensor in tensors:
-            self._source = _storage(tensor)
+            self._source = identity(tensor)
             yield self._name, tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -172,7 +174,7 @@ class _Recorder(TorchDispatchMode):
             value
             for value, argument in zip(args, func._schema.arguments, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
-            and isinstance(value, torch.Tensor) and _storage(value) in self._model
+            and isinstance(value, torch.Tensor) and identity(value) in self._model
         ]  # fmt: skip
         if written:
             self._note(func, args, written[0])
@@ -183,7 +185,7 @@ class _Recorder(TorchDispatchMode):
     def _note(self, func, args, to: torch.Tensor) -> None:
         aten = torch.ops.aten
         plan, name = self._plan, self._name
-        if func is aten.copy_.default and _storage(args[1]) == self._source:
+        if func is aten.copy_.default and identity(args[1]) == self._source:
             view = args[1].expand_as(to)
             plan.copies.setdefault(name, []).append(
                 Copy(name, view.storage_offset(), tuple(view.stride()), to.detach())
@@ -230,11 +232,11 @@ def _require_all_taken(model: torch.nn.Module, plan: Plan) -> None:
         for name, spec in plan.specs.items()
         if name not in plan.copies and not spec.is_buffer
     ]
-    written = {_storage(c.to) for copies in plan.copies.values() for c in copies}
+    written = {identity(c.to) for copies in plan.copies.values() for c in copies}
     lines += [
         f"{name} {tuple(parameter.shape)}: the trainer has nothing for this parameter of the engine"
         for name, parameter in model.named_parameters()
-        if _storage(parameter) not in written
+        if identity(parameter) not in written
     ]
     if lines:
         raise ValueError("\n".join(lines))
@@ -246,10 +248,10 @@ def _uncovered(model: torch.nn.Module, plan: Plan) -> list[str]:
     for to in [c.to for copies in plan.copies.values() for c in copies] + [
         f.to for f in plan.fills
     ]:
-        writes.setdefault(_storage(to), []).append(to)
+        writes.setdefault(identity(to), []).append(to)
     obstacles = []
     for name, parameter in model.named_parameters():
-        views = writes.get(_storage(parameter), [])
+        views = writes.get(identity(parameter), [])
         if any(_covers(view, parameter) for view in views):
             continue
         size = max(_end(t) for t in [parameter, *views])
@@ -274,11 +276,6 @@ def _like(flat: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 def _end(view: torch.Tensor) -> int:
     steps = zip(view.shape, view.stride(), strict=True)
     return view.storage_offset() + sum((n - 1) * s for n, s in steps) + 1 if view.numel() else 0
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    """Identity of the storage; its address wouldn't do where it is released."""
-    return tensor.untyped_storage()._cdata
 
 
 def _row_size(shape: Sequence[int]) -> int:

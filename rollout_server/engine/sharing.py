@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from rollout_server.engine.plan import Plan
+from rollout_server.engine.storages import identity
 
 ADDRESS = "sharing.json"
 
@@ -57,11 +58,11 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
     """
     lines = list(plan.obstacles)
     firsts = _firsts(model)
-    numbers = {_storage(p): number for number, p in enumerate(firsts)}
+    numbers = {identity(p): number for number, p in enumerate(firsts)}
     places, copied = {}, []
     for name, copies in plan.copies.items():
         spec, to = plan.specs[name], copies[0].to
-        if all(_storage(c.to) not in numbers for c in copies):
+        if all(identity(c.to) not in numbers for c in copies):
             copied.append(name)
         elif len(copies) > 1:
             lines.append(f"{name} goes to {len(copies)} places")
@@ -73,7 +74,7 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
             lines.append(f"{name} changes its shape")
         else:
             stride = to.stride() if tuple(to.shape) == spec.shape else _dense(spec.shape)
-            number = numbers[_storage(to)]
+            number = numbers[identity(to)]
             places[name] = Place(number, to.storage_offset(), spec.shape, tuple(stride))
     lines += [f"the engine sets elements to {f.value}" for f in plan.fills if f.value]
     if lines:
@@ -92,8 +93,8 @@ def bind(model: torch.nn.Module, folder: str, wanted: Layout) -> None:
     if isinstance(handles, str):
         raise RuntimeError(handles)
     slots = [handle.open() for handle in handles]
-    numbers = {_storage(p): number for number, p in enumerate(_firsts(model))}
-    for parameter, number in [(p, numbers[_storage(p)]) for p in model.parameters()]:
+    numbers = {identity(p): number for number, p in enumerate(_firsts(model))}
+    for parameter, number in [(p, numbers[identity(p)]) for p in model.parameters()]:
         empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         parameter.data = empty.set_(
             slots[number], parameter.storage_offset(), parameter.shape, parameter.stride()
@@ -104,12 +105,8 @@ def _firsts(model: torch.nn.Module) -> list[torch.Tensor]:
     """A parameter for each storage, in the order of the slots."""
     found: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
-        found.setdefault(_storage(parameter), parameter)
+        found.setdefault(identity(parameter), parameter)
     return list(found.values())
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _name(dtype: torch.dtype) -> str:

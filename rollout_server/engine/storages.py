@@ -18,3 +18,8 @@ def flat(tensors: Any) -> Iterable[torch.Tensor]:
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
     """Address to storage, each storage once however many tensors view it."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+
+
+def identity(tensor: torch.Tensor) -> int:
+    """The same for all views of one storage; an address wouldn't do where it is released."""
+    return tensor.untyped_storage()._cdata

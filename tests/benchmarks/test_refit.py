@@ -1,0 +1,67 @@
+"""`python -m rollout_server.bench refit`: bringing weights into the engine, beside a memcpy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "runs" / "bench"
+
+# SmolLM2 twice as wide, and a little deeper: 538 million parameters, four times as many.
+FOURFOLD = dict(layers=34, hidden=1152, intermediate=3072, heads=18, kv_heads=6, vocab=49152)
+
+
+def refit(*options):
+    """The result of a run."""
+    command = [sys.executable, "-m", "rollout_server.bench", "refit", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--out", str(RESULTS), *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    print("\n" + done.stdout)
+    written = next(line for line in done.stdout.splitlines() if line.endswith(".json"))
+    with open(written, encoding="utf-8") as f:
+        return json.load(f)
+
+
+@pytest.fixture(scope="module")
+def result(smollm2):
+    return refit("--model", smollm2, "--dtype", "float32", "--rounds", "30")
+
+
+@pytest.fixture(scope="module")
+def fourfold():
+    shape = [f"--{name.replace('_', '-')}={value}" for name, value in FOURFOLD.items()]
+    return refit(*shape, "--dtype", "float32", "--rounds", "15", "--ways", "share")
+
+
+@pytest.mark.timeout(900)
+def test_a_sync_costs_a_memcpy(result):
+    """The median of each round's ratio: others on the machine slow both down, one after another."""
+    assert result["ways"]["planned"]["rounds_ratio"] <= 1.25
+
+
+@pytest.mark.timeout(900)
+def test_a_sync_against_the_loaders_of_vllm(result):
+    """With the machine to itself 4 and 9 times faster, beside others more: a reload of tensors
+    that are in shared memory is some five memcpys, so more than that isn't there to be saved."""
+    ways = result["ways"]
+    assert ways["layerwise"]["median"] >= 3 * ways["planned"]["median"]
+    assert ways["per-parameter"]["median"] >= 6 * ways["planned"]["median"]
+
+
+@pytest.mark.timeout(900)
+def test_shared_weights_take_no_time_whatever_their_size(result, fourfold):
+    assert fourfold["model"]["parameters"] > 3.9 * result["model"]["parameters"]
+    assert result["ways"]["share"]["median"] <= 0.020
+    assert fourfold["ways"]["share"]["median"] <= 0.020
+
+
+@pytest.mark.timeout(900)
+def test_shared_weights_are_there_once(result, fourfold):
+    """Trainer and engine together grow by one byte for each byte of weights; two copies by two."""
+    small, large = (r["memory"]["share, awake"]["together"] for r in (result, fourfold))
+    bytes_more = fourfold["model"]["bytes"] - result["model"]["bytes"]
+    assert large - small <= 1.15 * bytes_more
