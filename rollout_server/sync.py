@@ -33,6 +33,7 @@ from rollout_server.errors import (
     DeadlineError,
     NotAvailableError,
     RolloutServerError,
+    UnsupportedModelError,
     WeightSyncError,
     first_line,
 )
@@ -104,7 +105,7 @@ class WeightSync:
         if shared is not None:
             self.path, self.reason = "share", ""
         else:
-            self.path, self.reason = _path(config, engine.description["obstacles"])
+            self.path, self.reason = _path(config, engine.description)
 
     def push(self) -> SyncReport:
         """Give the engine the policy's weights as they are now; wakes it if it sleeps."""
@@ -293,18 +294,31 @@ class WeightSync:
             self._one_at_a_time.release()
 
 
-def _path(config: RolloutConfig, obstacles: list[str]) -> tuple[str, str]:
+def _path(config: RolloutConfig, description: Mapping[str, Any]) -> tuple[str, str]:
+    """(path, reason) by the options and what the engine says of itself."""
+    obstacles = description["obstacles"]
+    if description["device"] == "cpu" and description["repacked"]:
+        raise UnsupportedModelError(
+            f"{_some(description['repacked'])}; a reload on vLLM's CPU engine doesn't renew what "
+            "it has packed: serve a dense model that isn't quantised and leave worker_cls out of "
+            "engine_args, or use a GPU"
+        )
     if config.sync_path not in ("auto", "plan"):
         return config.sync_path, f"sync_path={config.sync_path!r}"
     if not obstacles:
         return "plan", ""
-    shown = "; ".join(obstacles[:3]) + (f"; and {len(obstacles) - 3} more" * (len(obstacles) > 3))
+    shown = _some(obstacles)
     if config.sync_path == "plan":
         raise ConfigError(
             f"sync_path='plan', but weights can't be copied to where they are used: {shown}; "
             "leave sync_path='auto' to fall back on vLLM's layerwise reload"
         )
     return "layerwise", shown
+
+
+def _some(lines: list[str]) -> str:
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
 
 
 def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:

@@ -8,7 +8,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout_server import attach
-from rollout_server.errors import ConfigError, NotAvailableError, StateError, WeightSyncError
+from rollout_server.errors import (
+    ConfigError,
+    NotAvailableError,
+    StateError,
+    UnsupportedModelError,
+    WeightSyncError,
+)
 from rollout_server.weights.kinds import source_of
 from rollout_server.weights.staging import Staging, Wanted
 
@@ -163,6 +169,10 @@ def test_shared_memory_with_an_adapter(tiny, tokenizer):
 def test_what_cannot_be_shared_or_copied(tiny, tokenizer, monkeypatch):
     with pytest.raises(ConfigError, match=r"float32.*bfloat16.*colocate='sleep'"):
         attach(tiny, tokenizer, colocate="share", dtype="bfloat16", **QUICK)
+    # vLLM's own CPU worker packs linear weights; its reload leaves the old ones in use.
+    worker = {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}
+    with pytest.raises(UnsupportedModelError, match=r"replaced .*qkv_proj.weight.*worker_cls"):
+        attach(tiny, tokenizer, colocate="resident", engine_args=worker, **QUICK)
     # Not pure copies: vLLM's layerwise reload, for sleep and for syncs.
     with attach(tiny, tokenizer, sync_path="layerwise", **QUICK) as server:
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rollout_server.errors import NotAvailableError
@@ -18,16 +19,25 @@ def source_of(model: Any, peft: str = "merge") -> Source:
         from rollout_server.weights.fsdp1 import ShardedByUnits
 
         return ShardedByUnits(model)
-    parameters = list(model.parameters())
-    if any(hasattr(p, "ds_id") for p in parameters):
-        from rollout_server.weights.zero3 import Partitioned
-
-        return Partitioned(model)
-    if any(isinstance(p, DTensor) for p in parameters):
+    if _is_fsdp2(model):
         from rollout_server.weights.fsdp2 import ShardedByRows
 
         return ShardedByRows(model)
-    return Source(policy_tensors(model))
+    tensors = policy_tensors(model)
+    if any(hasattr(t, "ds_id") for t in tensors.values()):
+        from rollout_server.weights.zero3 import Partitioned
+
+        return Partitioned(tensors)
+    if any(isinstance(t, DTensor) for t in tensors.values()):  # by tensor parallel alone
+        from rollout_server.weights.fsdp2 import ShardedByRows
+
+        return ShardedByRows(model)
+    return Source(tensors)
+
+
+def _is_fsdp2(model: Any) -> bool:
+    """By its modules: after a forward pass the parameters may all be there in full."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _of_peft(model: Any, how: str) -> Source:
@@ -40,8 +50,9 @@ def _of_peft(model: Any, how: str) -> Source:
             f"the policy is a {type(model).__name__} whose adapter isn't in the layers' weights, "
             "which vLLM can't serve; train with LoRA or another tuner of weights"
         )
-    parameters = list(model.parameters())
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
+    if _is_fsdp2(model) or any(
+        isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()
+    ):
         raise NotAvailableError(
             "the policy is a PEFT model that is sharded as well, which this version can't gather; "
             "use DDP: the frozen base takes no gradients and no optimizer's state"

@@ -39,14 +39,16 @@ class WeightReceiver:
     def rollout_describe(self) -> dict:
         """Process id, device, bytes of weights and KV cache, and how weights will come in.
 
-        "obstacles": why there is no plan, empty where there is one; "refused", "unshareable": see
+        "obstacles": why there is no plan, empty where there is one; "repacked": those of them that
+        are layers which vLLM has rearranged; "refused", "unshareable": see
         `PolicyLoader`; "splittable", "dtypes": see `Plan`. Weights that are the trainer's memory
         count 0 bytes.
         """
         model = self.get_model()
         plan = getattr(model, "rollout_plan", None)
+        repacked = [] if plan is None else _repacked(model, plan)
         if plan is not None:
-            plan.obstacles += _repacked(model, plan)
+            plan.obstacles += repacked
         usable = plan is not None and plan.usable
         shared = getattr(model, "rollout_shared", False)
         return {
@@ -56,6 +58,7 @@ class WeightReceiver:
             "kv_cache_bytes": _bytes(flat(getattr(self.model_runner, "kv_caches", []))),
             "refused": getattr(model, "rollout_refusal", ""),
             "unshareable": getattr(model, "rollout_unshareable", ""),
+            "repacked": repacked,
             "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
             "splittable": sorted(plan.splittable()) if usable else [],
             "dtypes": plan.dtypes() if usable else {},

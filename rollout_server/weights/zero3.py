@@ -1,11 +1,11 @@
 """A policy partitioned by DeepSpeed ZeRO-3: gathered tensor by tensor, some at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from rollout_server.engine.plan import Part, TensorSpec
-from rollout_server.weights.source import Source, not_finite, policy_tensors
+from rollout_server.weights.source import Source, not_finite
 from rollout_server.weights.staging import Staging, streamed
 
 _TOGETHER = 64 << 20  # bytes that are gathered at once
@@ -17,8 +17,8 @@ class Partitioned(Source):
     collective = True
     staged_from = 0
 
-    def __init__(self, model: torch.nn.Module):
-        self._tensors = policy_tensors(model)
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
         self.specs = {
             name: TensorSpec(
                 tuple(getattr(t, "ds_shape", t.shape)), t.dtype,
