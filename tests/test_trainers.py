@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from support import MIB, greedy, trainer_logprobs
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -243,6 +244,17 @@ def test_merged_weights_are_those_of_peft(tiny, bucket):
     assert found.keys() >= expected.keys()
     for name, parameter in expected.items():
         assert torch.equal(found[name], parameter), name
+
+
+def test_an_adapter_that_is_off_changes_nothing(tiny):
+    model = lora(tiny)
+    base = {n: p.clone() for n, p in tiny.named_parameters() if "base_layer" in n}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(False)
+    found = gathered(source_of(model), 1 << 30)
+    for name, parameter in base.items():
+        assert torch.equal(found[name.replace(".base_layer", "")], parameter)
 
 
 def test_a_merge_that_fails_or_is_left_is_undone(tiny, monkeypatch):

@@ -47,9 +47,11 @@ class Merged(Source):
 
     @torch.no_grad()
     def parts(self, staging: Staging) -> Iterator[Part]:
-        pieces = [Piece(name, 0, t.detach()) for name, t in self._live.items()]
-        yield Part(0, False, pieces)
         names = [name for name, _ in self._names()]
+        pieces = [Piece(name, 0, t.detach()) for name, t in self._live.items()]
+        yield Part(0, not names, pieces)
+        if not names:  # the adapter is disabled, or merged by its owner
+            return
         device = self.tensors[names[0]].device
         with contextlib.closing(self._merged()) as merged:
             specs = {name: self.specs[name] for name in names}
