@@ -4,7 +4,7 @@ The state's tensors stay the same objects: their storages are emptied and later 
 whoever holds views of them (fused optimizers, DTensors) needs to know nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class OptimizerOffload:
                 host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin)
             host.copy_(_bytes(storage), non_blocking=True)
             hosts[key] = host
-        _finish()
+        _finish(storages.values())
         self._host = hosts
         self._parked = [(storage, hosts[key]) for key, storage in storages.items()]
         for storage, _ in self._parked:
@@ -72,7 +72,7 @@ class OptimizerOffload:
         for storage, host in self._parked:
             storage.resize_(host.numel())
             _bytes(storage).copy_(host, non_blocking=True)
-        _finish()
+        _finish(storage for storage, _ in self._parked)
         self._parked = []
 
     def close(self) -> None:
@@ -112,6 +112,6 @@ def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _finish(storages: Iterable[torch.UntypedStorage]) -> None:
+    for device in {storage.device for storage in storages if storage.device.type == "cuda"}:
+        torch.cuda.synchronize(device)

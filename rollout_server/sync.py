@@ -176,8 +176,7 @@ class WeightSync:
         """(bytes, tensors) that were copied."""
         if self._shared is not None:
             done = _sum(self._shared.refresh(source.tensors), self._write_rest(source, sync))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # what the trainer has written is there
+            self._shared.finish()
         else:
             done = self._write(self._due_parts(source, sync), source, sync)
         if source.adapter is not None:

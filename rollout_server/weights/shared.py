@@ -83,6 +83,10 @@ class SharedWeights:
                 view.copy_(tensors[name])
                 tensors[name].data = view
             handles.append(handle(memory.untyped_storage()))
+        if device.type == "cuda":
+            # The engine reads next, and sizes its KV cache by what is free.
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
         self.copied = layout.copied
         return handles
 
@@ -102,6 +106,11 @@ class SharedWeights:
             if tensor.device == view.device:
                 tensor.data = view
         return copied, number
+
+    def finish(self) -> None:
+        """Wait for what the trainer's device still writes."""
+        for device in {view.device for view in self._views.values() if view.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def rest(self, source: Source) -> Source:
         """What of `source` isn't in the common memory."""

@@ -121,8 +121,8 @@ class Exporter:
             handles = None
         for index, copy in sent.staged.items():
             copy.copy_(pieces[index].tensor)
-        if pieces[0].tensor.is_cuda:
-            torch.cuda.synchronize()
+        for device in {p.tensor.device for p in pieces if p.tensor.is_cuda}:
+            torch.cuda.synchronize(device)  # a thread's current device may be another
         return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
     def forget(self, first: int = 0) -> bool:
