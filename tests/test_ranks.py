@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,8 +38,10 @@ def start(*args):
 
 
 def told(output):
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return sorted(lines, key=lambda line: line["rank"])
+    """What each rank says; other output may stand before it in the line, or after."""
+    decode = json.JSONDecoder().raw_decode
+    found = [decode(output, at.end())[0] for at in re.finditer("TOLD ", output)]
+    return sorted(found, key=lambda line: line["rank"])
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ with attach(trainer, kv_cache_memory_bytes=32 << 20, progress=False) as server:
     trainer.train()
     server.verify_weights()
     logs = [log for log in trainer.state.log_history if "rollout/policy_version" in log]
-    print(json.dumps({
+    sys.stdout.flush()  # by itself: what is written at once stays together
+    print("TOLD", json.dumps({
         "rank": trainer.accelerator.process_index,
         "model": type(trainer.model).__name__,
         "version": server.policy_version,

@@ -1,6 +1,6 @@
 """One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KINDS FOLDER BYTES.
 
-Prints one JSON line per rank at its end.
+Prints "TOLD" and JSON in a line at its end.
 """
 
 import hashlib
@@ -158,7 +158,7 @@ def main():
     with serve(policy, config) as server:
         results = {kind: run(kind, server, current, folder) for kind in kinds}
         dist.barrier()  # no request while the other's weights move
-        print(json.dumps({
+        print("TOLD", json.dumps({
             "rank": rank, "urls": server.base_urls, "own": server.base_url, "kinds": results,
             "reached": [ask(server, url) for url in server.base_urls],
             "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
@@ -190,7 +190,7 @@ def killed(folder, rank):
         outcome = {"error": None, "text": ""}
     except Exception as error:
         outcome = {"error": type(error).__name__, "text": str(error)}
-    print(json.dumps(outcome | {
+    print("TOLD", json.dumps(outcome | {
         "rank": rank, "seconds": time.monotonic() - started, "deadline": 15,
         "state": server.state,
     }), flush=True)  # fmt: skip
