@@ -41,7 +41,7 @@ from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
-from rollout_server.weights.shared import SharedWeights
+from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Source
 
 
@@ -72,6 +72,8 @@ class RolloutServer:
     def _start(self, progress: Progress) -> None:
         policy, config = self._policy, self._config
         source = policy.source(config.peft)  # first, since it is where a policy is refused
+        if config.colocate == "share":
+            require_shareable(source)
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)

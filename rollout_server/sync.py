@@ -40,7 +40,7 @@ from rollout_server.errors import (
 from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
-from rollout_server.weights.shared import SharedWeights
+from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Adapter, Source, require_same
 from rollout_server.weights.staging import Staging, Wanted
 from rollout_server.weights.transport import Exporter
@@ -158,6 +158,8 @@ class WeightSync:
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
+        if self._shared is not None:
+            require_shareable(source)  # a trainer may wrap its model after attach()
         require_same(self._specs, source.specs, dtypes=self._shared is not None)
         if source.adapter is not None and not self._comparable:
             raise ConfigError(

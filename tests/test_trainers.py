@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support import MIB, greedy, trainer_logprobs
+from torch.distributed.fsdp import fully_shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -244,6 +245,14 @@ def test_merged_weights_are_those_of_peft(tiny, bucket):
     assert found.keys() >= expected.keys()
     for name, parameter in expected.items():
         assert torch.equal(found[name], parameter), name
+
+
+def test_policies_that_cannot_be_shared_are_refused(tiny, tokenizer, process_group):
+    with pytest.raises(ConfigError, match=r"peft='merge'.*peft='adapter'"):
+        attach(lora(tiny), tokenizer, colocate="share", **QUICK)
+    sharded = fully_shard(LlamaForCausalLM(_small()))
+    with pytest.raises(ConfigError, match=r"sharded.*colocate='sleep'"):
+        attach(sharded, tokenizer, colocate="share", **QUICK)
 
 
 def test_an_adapter_that_is_off_changes_nothing(tiny):

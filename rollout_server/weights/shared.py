@@ -17,8 +17,23 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rollout_server.engine.sharing import ADDRESS, Layout
+from rollout_server.errors import ConfigError
 from rollout_server.weights.source import Source
 from rollout_server.weights.transport import handle, shared_empty
+
+
+def require_shareable(source: Source) -> None:
+    """`ConfigError` for a policy whose tensors aren't there in full, as the engine needs them."""
+    if source.collective:
+        raise ConfigError(
+            "colocate='share': the policy is sharded over several ranks, none of which holds what "
+            "an engine computes with; use colocate='sleep'"
+        )
+    if source.staged_from is not None:
+        raise ConfigError(
+            "colocate='share' with peft='merge': merged weights are other numbers than the "
+            "trainer's; use peft='adapter', which shares the base, or colocate='sleep'"
+        )
 
 
 class SharedWeights:
