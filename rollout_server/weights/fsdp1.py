@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp._runtime_utils import _reshard
 
 from rollout_server.engine.plan import Part, TensorSpec
-from rollout_server.weights.source import Source, not_finite, plain_name
+from rollout_server.weights.source import Source, not_finite, own_tensors, plain_name
 from rollout_server.weights.staging import Staging, streamed
 
 # Shapes aren't known without gathering, and don't change.
@@ -75,9 +75,8 @@ def _own(
     """What is under `module` but not under a unit further down; tied tensors once."""
     if isinstance(module, FSDP):
         return
-    derived = module._non_persistent_buffers_set
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None and name not in derived and id(tensor) not in seen:
+    for name, tensor in own_tensors(module):
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             yield plain_name(prefix + name), tensor
     for name, child in module.named_children():

@@ -12,9 +12,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from rollout_server.engine.plan import Part, Piece
+from rollout_server.engine.plan import Part
 from rollout_server.errors import NotAvailableError
-from rollout_server.weights.source import Adapter, Source, not_finite, plain_name
+from rollout_server.weights.source import (
+    Adapter,
+    Source,
+    not_finite,
+    own_tensors,
+    plain_name,
+    whole_pieces,
+)
 from rollout_server.weights.staging import Staging, streamed
 
 _PREFIX = "base_model.model."
@@ -47,9 +54,8 @@ class Merged(Source):
 
     @torch.no_grad()
     def parts(self, staging: Staging) -> Iterator[Part]:
-        names = [name for name, _ in self._names()]
-        pieces = [Piece(name, 0, t.detach()) for name, t in self._live.items()]
-        yield Part(0, not names, pieces)
+        names = list(self._names())
+        yield Part(0, not names, whole_pieces(self._live))
         if not names:  # the adapter is disabled, or merged by its owner
             return
         device = self.tensors[names[0]].device
@@ -60,11 +66,11 @@ class Merged(Source):
     def not_finite(self) -> list[str]:
         return not_finite((plain_name(n), p) for n, p in self._model.named_parameters())
 
-    def _names(self) -> Iterator[tuple[str, str]]:
-        """(name of an adapted layer's weight, its name in the layer), in the order of `_merged`."""
+    def _names(self) -> Iterator[str]:
+        """Names of the adapted layers' weights, in the order of `_merged`."""
         for path, layer in self._layers.items():
             for name, _ in layer.get_base_layer().named_parameters(recurse=False):
-                yield f"{path}.{name}", name
+                yield f"{path}.{name}"
 
     def _merged(self) -> Iterator[tuple[str, torch.Tensor]]:
         for path, layer in self._layers.items():
@@ -88,12 +94,12 @@ class WithAdapter(Source):
 
     def parts(self, staging: Staging) -> Iterator[Part]:
         trained = self._trained()
-        yield Part(0, not trained, [Piece(n, 0, t.detach()) for n, t in self._frozen.items()])
+        yield Part(0, not trained, whole_pieces(self._frozen))
         yield from self.trained_parts(staging)
 
     def trained_parts(self, staging: Staging) -> Iterator[Part]:
         if trained := self._trained():
-            yield Part(1, True, [Piece(n, 0, t.detach()) for n, t in trained.items()])
+            yield Part(1, True, whole_pieces(trained))
 
     def _trained(self) -> dict[str, torch.Tensor]:
         return {n: t for n, t in self.tensors.items() if n not in self._frozen}
@@ -107,9 +113,8 @@ def base_tensors(model: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        derived = module._non_persistent_buffers_set
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or key in derived or id(tensor) in seen:
+        for key, tensor in own_tensors(module):
+            if id(tensor) in seen:
                 continue
             name = base_name(f"{path}.{key}", model)
             if name is not None:

@@ -28,7 +28,7 @@ class Adapter:
 
     def part(self) -> Part:
         """Apart from the base's parts, which are numbered from 0."""
-        return Part(-1, True, [Piece(n, 0, t.detach()) for n, t in self.tensors.items()])
+        return Part(-1, True, whole_pieces(self.tensors))
 
 
 class Source:
@@ -69,7 +69,7 @@ class Source:
         These are the live tensors: one part, and nothing is copied. `staging` is for those that
         have to be put together.
         """
-        pieces = [Piece(name, 0, tensor.detach()) for name, tensor in self._tensors.items()]
+        pieces = whole_pieces(self._tensors)
         if pieces:
             yield Part(0, True, pieces)
 
@@ -138,6 +138,19 @@ def architecture(model: Any) -> torch.nn.Module:
     return model
 
 
+def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters and persistent buffers, not those of its children."""
+    derived = module._non_persistent_buffers_set
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None and name not in derived:
+            yield name, tensor
+
+
+def whole_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """Tensors that are there in full, as pieces."""
+    return [Piece(name, 0, tensor.detach()) for name, tensor in tensors.items()]
+
+
 def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Name to tensor, of every parameter and persistent buffer, as a checkpoint names them.
 
@@ -149,10 +162,8 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():  # one walk: this runs at every sync
-        derived = module._non_persistent_buffers_set
-        named = [*module._parameters.items(), *module._buffers.items()]
-        for name, tensor in named:
-            if tensor is None or name in derived or (tied and id(tensor) in seen):
+        for name, tensor in own_tensors(module):
+            if tied and id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             tensors[plain_name(f"{path}.{name}" if path else name)] = tensor
