@@ -1,9 +1,7 @@
 """Several processes: real process groups, an engine each, and what happens when one fails."""
 
-import json
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -17,15 +15,17 @@ import torch.distributed as dist
 
 from rollout_server.errors import DeadlineError, RankError
 from rollout_server.ranks import Ranks
+from tests.ranks.told import told
 
 TRAIN = Path(__file__).parent / "ranks" / "train.py"
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 
 
-def start(*args):
+def start(*args, told):
     """The script on two ranks."""
     env = os.environ | {
+        "TOLD": str(told),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": str(Path(sys.prefix) / "deepspeed"),
@@ -33,15 +33,8 @@ def start(*args):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          str(TRAIN), *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
     )  # fmt: skip
-
-
-def told(output):
-    """What each rank says; other output may stand before it in the line, or after."""
-    decode = json.JSONDecoder().raw_decode
-    found = [decode(output, at.end())[0] for at in re.finditer("TOLD ", output)]
-    return sorted(found, key=lambda line: line["rank"])
 
 
 @pytest.fixture
@@ -56,13 +49,13 @@ KINDS = ("fsdp2", "ddp", "fsdp1", "zero3")
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_each_rank_has_the_policy_after_each_step(tiny_folder):
+def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
     """For each kind three optimizer steps on each rank's own data; `verify_weights` after each."""
     bucket = 8 * MIB
-    process = start(",".join(KINDS), tiny_folder, bucket)
-    output, errors = process.communicate(timeout=380)
+    process = start(",".join(KINDS), tiny_folder, bucket, told=tmp_path)
+    _, errors = process.communicate(timeout=380)
     assert process.returncode == 0, errors[-4000:]
-    first, second = told(output)
+    first, second = told(tmp_path)
     for kind in KINDS:
         mine, other = first["kinds"][kind], second["kinds"][kind]
         print(kind, mine)
@@ -85,15 +78,17 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder):
 @pytest.mark.timeout(300)
 def test_grpo_under_fsdp2(tiny_folder, tmp_path):
     """TRL's own loop; accelerate wraps the model after attach()."""
+    said = tmp_path / "told"
+    said.mkdir()
     run = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
          str(TRAIN.with_name("fsdp2.yaml")), str(TRAIN.with_name("grpo.py")), tiny_folder,
          str(tmp_path)],
         capture_output=True, text=True, timeout=280, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOLD": str(said)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
-    first, second = told(run.stdout)
+    first, second = told(said)
     for line in (first, second):
         assert line["model"].startswith("FSDP") and line["version"] == 3
         assert len(line["ratios"]) == 2
@@ -103,20 +98,21 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, port):
+def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tmp_path, port):
     # Not by torchrun, which ends the others itself.
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launched["TOLD"] = str(tmp_path)
     processes = [
         subprocess.Popen(
             [sys.executable, str(TRAIN), "killed", tiny_folder, str(8 * MIB)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env=os.environ | launched | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
     ]  # fmt: skip
-    output, errors = processes[0].communicate(timeout=280)
+    _, errors = processes[0].communicate(timeout=280)
     assert processes[1].wait(5) == -signal.SIGKILL
-    (line,) = told(output)
+    (line,) = told(tmp_path)
     assert line["error"] == "WeightSyncError", errors[-3000:]
     assert "another rank may have ended" in line["text"]
     assert line["seconds"] < line["deadline"]

@@ -4,7 +4,6 @@ accelerate never chooses FSDP on a CPU; the first lines have it do so.
 """
 # ruff: noqa: E402
 
-import json
 import os
 import sys
 
@@ -16,6 +15,7 @@ PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_
 
 import torch
 from datasets import Dataset
+from told import tell
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -39,11 +39,9 @@ with attach(trainer, kv_cache_memory_bytes=32 << 20, progress=False) as server:
     trainer.train()
     server.verify_weights()
     logs = [log for log in trainer.state.log_history if "rollout/policy_version" in log]
-    sys.stdout.flush()  # by itself: what is written at once stays together
-    print("TOLD", json.dumps({
-        "rank": trainer.accelerator.process_index,
+    tell(trainer.accelerator.process_index, {
         "model": type(trainer.model).__name__,
         "version": server.policy_version,
         "ratios": [log["sampling/importance_sampling_ratio/mean"] for log in logs],
         "differences": [log["rollout/logp_difference"] for log in logs],
-    }), flush=True)  # fmt: skip
+    })  # fmt: skip

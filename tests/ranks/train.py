@@ -1,10 +1,6 @@
-"""One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KINDS FOLDER BYTES.
-
-Prints "TOLD" and JSON in a line at its end.
-"""
+"""One rank of a training loop of our own: torchrun --nproc_per_node 2 train.py KINDS FOLDER BYTES."""
 
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -14,6 +10,7 @@ import time
 import psutil
 import torch
 import torch.distributed as dist
+from told import tell
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server import RolloutConfig, attach
@@ -158,11 +155,11 @@ def main():
     with serve(policy, config) as server:
         results = {kind: run(kind, server, current, folder) for kind in kinds}
         dist.barrier()  # no request while the other's weights move
-        print("TOLD", json.dumps({
-            "rank": rank, "urls": server.base_urls, "own": server.base_url, "kinds": results,
+        tell(rank, {
+            "urls": server.base_urls, "own": server.base_url, "kinds": results,
             "reached": [ask(server, url) for url in server.base_urls],
             "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
-        }), flush=True)  # fmt: skip
+        })  # fmt: skip
         dist.barrier()
     dist.destroy_process_group()
 
@@ -190,10 +187,10 @@ def killed(folder, rank):
         outcome = {"error": None, "text": ""}
     except Exception as error:
         outcome = {"error": type(error).__name__, "text": str(error)}
-    print("TOLD", json.dumps(outcome | {
-        "rank": rank, "seconds": time.monotonic() - started, "deadline": 15,
+    tell(rank, outcome | {
+        "seconds": time.monotonic() - started, "deadline": 15,
         "state": server.state,
-    }), flush=True)  # fmt: skip
+    })  # fmt: skip
     server.close()
 
 
