@@ -37,7 +37,8 @@ class RolloutConfig:
             most 1 GiB, on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
         gpu_memory_utilization: share (0 to 1) of the GPU's whole memory that the engine may
             use, weights included. None is half of what is free at attach().
-        engine_args: fields of vLLM's `AsyncEngineArgs`, over everything chosen here.
+        engine_args: fields of vLLM's `AsyncEngineArgs`, over everything chosen here. With
+            `tensor_parallel_size` N, each N consecutive ranks of a machine have one engine.
         sampling: defaults of the sampling fields that a request leaves out, named as in vLLM's
             `SamplingParams` (temperature, top_p, top_k, min_p, repetition_penalty,
             presence_penalty, frequency_penalty, max_tokens). None takes the trainer's
@@ -166,6 +167,7 @@ class RolloutConfig:
                 "offload_optimizer=True with colocate='resident': the engine never sleeps, so the "
                 "optimizer's state would never be needed back; use colocate='sleep' or 'share'"
             )
+        self._check_parallel()
         self._refuse_what_is_not_there_yet()
 
     @property
@@ -176,14 +178,28 @@ class RolloutConfig:
             steps += self.drain_timeout
         return 2 * steps
 
-    def _refuse_what_is_not_there_yet(self):
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    @property
+    def tensor_parallel(self) -> int:
+        """How many ranks have an engine together."""
+        return self.engine_args.get("tensor_parallel_size") or 1
+
+    def _check_parallel(self):
+        _whole("engine_args['tensor_parallel_size']", self.tensor_parallel, low=1)
+        if self.tensor_parallel > 1 and self.colocate == "share":
+            raise ConfigError(
+                f"colocate='share' with engine_args['tensor_parallel_size']={self.tensor_parallel}:"
+                " each rank trains whole weights, of which the engine holds a part on each device; "
+                "use colocate='sleep'"
+            )
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
             if self.engine_args.get(name, 1) not in (1, None):
                 raise NotAvailableError(
-                    f"engine_args[{name!r}]={self.engine_args[name]!r}: an engine over several "
-                    "devices isn't available in this version; launch one process per device "
-                    "(accelerate launch --num_processes), each gets an engine of its own"
+                    f"engine_args[{name!r}]={self.engine_args[name]!r}: leave it out; launch one "
+                    "process per device (accelerate launch --num_processes), each gets an engine "
+                    "of its own, or each group of engine_args['tensor_parallel_size']"
                 )
+
+    def _refuse_what_is_not_there_yet(self):
         if self.max_restarts:
             raise NotAvailableError(
                 f"max_restarts={self.max_restarts}: restarting a dead engine isn't available in "

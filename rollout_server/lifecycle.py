@@ -22,7 +22,13 @@ from typing import Any
 
 from rollout_server.config import RolloutConfig
 from rollout_server.engine.engine import Engine
-from rollout_server.errors import DeadlineError, StateError, first_line
+from rollout_server.errors import (
+    DeadlineError,
+    RankError,
+    RolloutServerError,
+    StateError,
+    first_line,
+)
 from rollout_server.http.gate import Gate
 from rollout_server.state import State, StateBox
 
@@ -89,7 +95,7 @@ class Lifecycle:
             try:
                 async with _deadline(self._config.drain_timeout, "letting running requests finish"):
                     await self._engine.drain()
-            except DeadlineError:
+            except (DeadlineError, RankError):
                 self._box.move(State.AWAKE)
                 self._gate.open()
                 raise
@@ -187,7 +193,8 @@ class SyncTransition:
         try:
             async with self._running:  # a step that its caller has left
                 pass
-            if self._written or life.version < 0 or life._box.state is not State.SYNCING:
+            syncing = life._box.state is State.SYNCING
+            if await self._anything_written() or life.version < 0 or not syncing:
                 life._break(f"syncing weights: {why}")
             elif self.was_asleep:
                 await life._fall_asleep()
@@ -198,6 +205,14 @@ class SyncTransition:
                 life._gate.open()
         finally:
             life._turn.release()
+
+    async def _anything_written(self) -> bool:
+        """By any rank of this engine; so it is taken to be where one doesn't say."""
+        try:
+            async with _deadline(self._config.sleep_timeout, "whether anything was written"):
+                return await self._engine.anywhere(self._written)
+        except RolloutServerError:
+            return True
 
     async def abandon(self, beginning: asyncio.Future) -> None:
         """End a transition whose caller went away while it began."""

@@ -1,8 +1,9 @@
 """The processes that train together, where there are several: `torch.distributed`'s ranks.
 
-Each has an engine of its own; a step of all of them counts when all have done it. They tell each
-other through the process group's key-value store, which has a deadline for each wait and can say
-who is missing; no collective is called, so none of the trainer's can be disturbed.
+Each has an engine of its own, or each group of neighbours has one (see group.py). A step of all of
+them counts when all have done it. They tell each other through the process group's key-value store,
+which has a deadline for each wait and can say who is missing; no collective is called, so none of
+the trainer's can be disturbed.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rollout_server.errors import DeadlineError, RankError
+from rollout_server.errors import ConfigError, DeadlineError, RankError
 
 _joined = itertools.count()
 
@@ -23,10 +24,13 @@ _joined = itertools.count()
 class Ranks:
     """This process, number `rank` of `size`."""
 
-    def __init__(self, rank: int, size: int, store: Any):
+    def __init__(self, rank: int, size: int, store: Any, name: str = "", first: int = 0):
+        """first: number of the first of these ranks, by which they are called in errors."""
         self.rank = rank
         self.size = size
         self._store = store
+        self._name = name
+        self._first = first
         self._rounds = itertools.count()
 
     @classmethod
@@ -37,7 +41,7 @@ class Ranks:
         # A connection of its own: waits block it.
         store = dist.distributed_c10d._get_default_store().clone()
         prefix = f"rollout_server/{next(_joined)}"
-        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore(prefix, store))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore(prefix, store), prefix)
 
     @property
     def local_rank(self) -> int:
@@ -47,6 +51,22 @@ class Ranks:
     @property
     def several_machines(self) -> bool:
         return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    def group(self, size: int) -> "Ranks":
+        """This rank and its neighbours, `size` in all and on one machine: ranks by themselves."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+        if here % size:
+            raise ConfigError(
+                f"engine_args['tensor_parallel_size']={size}: this machine has {here} rank"
+                f"{'s' if here > 1 else ''} of the training run, which can't be put into groups of "
+                f"{size}; launch a multiple of {size} on each (accelerate launch --num_processes)"
+            )
+        if size == 1:
+            return Ranks(0, 1, None)
+        store = self._store.underlying_store.clone()
+        first = self.rank // size * size
+        name = f"{self._name}/{first}"
+        return Ranks(self.rank - first, size, dist.PrefixStore(name, store), name, first)
 
     def gather(self, what: str, value: Any, timeout: float) -> list[Any]:
         """The `value` of every rank, in their order; JSON carries it.
@@ -69,13 +89,15 @@ class Ranks:
         if number > 1:  # all have read what was told two rounds ago
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(f"{number - 2}/{self.rank}")
-        for rank, (other, _, failure) in enumerate(told):
+        for rank, (other, _, failure) in enumerate(told, self._first):
             if failure is not None:
-                raise RankError(f"{what}: rank {rank} failed: {failure}")
+                raise self._known(RankError(f"{what}: rank {rank} failed: {failure}"))
             if other != what:
-                raise RankError(
-                    f"{what}: rank {rank} called {other} meanwhile; ranks must make the same calls "
-                    "in the same order"
+                raise self._known(
+                    RankError(
+                        f"{what}: rank {rank} called {other} meanwhile; ranks must make the same "
+                        "calls in the same order"
+                    )
                 )
         return [value for _, value, _ in told]
 
@@ -85,14 +107,21 @@ class Ranks:
         another rank where this one's went well."""
         try:
             yield
-        except RankError:  # all know
-            raise
         except BaseException as error:
-            if self.size > 1:
-                with contextlib.suppress(RuntimeError):
-                    self._say(what, failure=f"{type(error).__name__}: {error}")
+            self.fail(what, error)
             raise
         self.gather(what, None, timeout)
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Tell the others why this rank doesn't do what all do now, unless they know."""
+        if self.size > 1 and getattr(error, "known_to", None) is not self:
+            self._known(error)
+            with contextlib.suppress(RuntimeError):
+                self._say(what, failure=f"{type(error).__name__}: {error}")
+
+    def _known(self, error: BaseException) -> BaseException:
+        error.known_to = self
+        return error
 
     def _say(self, what: str, value: Any = None, failure: str | None = None) -> int:
         """Tell the others, without waiting for them; the number of this round."""
@@ -102,7 +131,8 @@ class Ranks:
 
     def _missing(self, keys: list[str]) -> str:
         try:
-            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+            ranks = enumerate(keys, self._first)
+            missing = [str(rank) for rank, key in ranks if not self._store.check([key])]
         except RuntimeError:
             return "rank 0, which keeps the store, can't be reached"
         return f"rank {', '.join(missing)} didn't come"

@@ -4,7 +4,6 @@ import asyncio
 import atexit
 import contextlib
 import html
-import os
 import secrets
 import shutil
 import socket
@@ -17,10 +16,8 @@ import torch
 from rollout_server.completion import Completion, Prompt, prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
-from rollout_server.engine.adapter import adapter_arguments, use_adapter
-from rollout_server.engine.arguments import engine_arguments, engine_variables, tool_parser
+from rollout_server.engine.arguments import device_name, tool_parser
 from rollout_server.engine.engine import Engine, kill_trees
-from rollout_server.engine.folder import write_model_folder, write_specs
 from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
@@ -31,6 +28,7 @@ from rollout_server.errors import (
     PromptTooLongError,
     StateError,
 )
+from rollout_server.group import GroupEngine
 from rollout_server.http.app import layered, serving_app
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
@@ -39,6 +37,7 @@ from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
+from rollout_server.starting import start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.weights.shared import SharedWeights, require_shareable
@@ -61,13 +60,17 @@ class RolloutServer:
         self._api_key = self._ranks.gather("attach()", key, config.start_timeout)[0]
         self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
         self._pids: list[int] = []
-        self._engine: Engine | None = None
+        self._engine: Engine | GroupEngine | None = None
+        self._sock: socket.socket | None = None
+        self._base_url: str | None = None
         self._listener: Listener | None = None
         self._offload: OptimizerOffload | None = None
         self._request = 0
         self._on_close: list[Callable[[], None]] = []
         with self._ranks.together("attach()", config.start_timeout):
-            self._start(Progress(config.progress and self._ranks.rank == 0))
+            self._group = self._ranks.group(config.tensor_parallel)
+            with self._group.together("attach()", config.start_timeout):
+                self._start(Progress(config.progress and self._ranks.rank == 0))
 
     def _start(self, progress: Progress) -> None:
         policy, config = self._policy, self._config
@@ -77,30 +80,32 @@ class RolloutServer:
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
-        offset = self._ranks.local_rank if config.port else 0
-        self._sock = listen(config.host, config.port + offset)
-        self._port = self._sock.getsockname()[1]
         self._folder = tempfile.mkdtemp(prefix="rollout_server-")
         self._shared = SharedWeights() if config.colocate == "share" else None
         self._loop = LoopThread()
         atexit.register(self.close)
         try:
+            here = [self._listen(), device_name(policy.gpu)]
+            told = self._group.gather("attach(): group", here, config.start_timeout)
+            self._base_url, devices = told[0][0], [device for _, device in told]
             with progress.step(f"starting the engine (vLLM {version})"), self._sharing(source):
-                start = self._start_engine(source)
+                start = self._start_engine(source, devices)
                 self._loop.call(start, config.start_timeout, "starting the engine")
             with progress.step("taking the policy's weights"):
                 self._sync = WeightSync(
                     policy, config, self._loop, self._engine, self._lifecycle, source.specs,
-                    self._shared, self._ranks,
+                    self._shared, self._ranks, self._group,
                 )  # fmt: skip
                 self._sync.push()
                 self._rest_while_stepping()
             with progress.step("sampling a first token"):
                 self._try_out()
-            with progress.step("opening the endpoint"):
-                self._loop.call(self._start_http(), config.start_timeout, "starting the endpoint")
-            url = self.base_url
-            self._base_urls = self._ranks.gather("attach(): urls", url, config.start_timeout)
+            if self._sock is not None:
+                with progress.step("opening the endpoint"):
+                    opening = self._start_http()
+                    self._loop.call(opening, config.start_timeout, "starting the endpoint")
+            urls = self._ranks.gather("attach(): urls", self._base_url, config.start_timeout)
+            self._base_urls = list(dict.fromkeys(urls))
         except BaseException:
             kill_trees(self._pids)  # also wakes a start that still waits for them
             self.close()
@@ -111,16 +116,12 @@ class RolloutServer:
 
     @property
     def base_url(self) -> str:
-        """What OpenAI clients take as `base_url`: this rank's engine."""
-        host = self._config.host
-        if host in ("0.0.0.0", "::"):  # every address of this machine; others know it by name
-            local = "127.0.0.1" if host == "0.0.0.0" else "::1"
-            host = socket.gethostname() if self._ranks.several_machines else local
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}/v1"
+        """What OpenAI clients take as `base_url`: this rank's engine, or its group's."""
+        return self._base_url
 
     @property
     def base_urls(self) -> list[str]:
-        """One URL per engine, in the order of the ranks; all take this rank's key."""
+        """One URL per engine, in the order of the ranks; all take the same key."""
         return list(self._base_urls)
 
     @property
@@ -151,7 +152,8 @@ class RolloutServer:
     def memory(self) -> dict[str, int]:
         """Bytes: `weights` and `kv_cache` as allocated by the engine (0 while they are given back,
         and for weights that are the trainer's), `resident` host memory of the engine's processes,
-        and with offload_optimizer `optimizer`, the state that is parked in host memory."""
+        and with offload_optimizer `optimizer`, the state that is parked in host memory. In a group
+        of ranks, the engine's on this rank's device; `resident` is the first one's."""
         given_back = self.state is State.ASLEEP
         told = self._engine.description
         parked = {} if self._offload is None else {"optimizer": self._offload.parked_bytes}
@@ -162,8 +164,9 @@ class RolloutServer:
         }
 
     def take_kv_cache_peak(self) -> float:
-        """The highest share (0 to 1) of the KV cache in use since this was last called."""
-        return self._engine.kv_cache_peak.take()
+        """The highest share (0 to 1) of the KV cache in use since this was last called; in a group
+        of ranks the first one's to tell, 0 on the others."""
+        return self._engine.take_kv_cache_peak()
 
     # -- weights, sleep, wake -----------------------------------------------------------------
 
@@ -191,9 +194,11 @@ class RolloutServer:
     def sleep(self) -> None:
         """Give the engine's weights and KV cache back; requests wait until `wake`.
 
-        Nothing happens if it sleeps already, or with colocate="resident".
+        Nothing happens if it sleeps already, or with colocate="resident". With tensor parallel the
+        ranks of a group have one engine: it sleeps when all of them have called this.
         """
-        self._box.require_open()
+        with self._group.together("sleep()", self._config.generate_timeout):
+            self._box.require_open()
         if self._config.colocate == "resident":
             return
         self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
@@ -332,7 +337,8 @@ class RolloutServer:
             self._loop.call(self._end(patience), patience * 3, "close()")
         kill_trees(self._pids)
         self._loop.stop(patience)
-        self._sock.close()
+        if self._sock is not None:
+            self._sock.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _end(self, patience: float) -> None:
@@ -371,6 +377,19 @@ class RolloutServer:
 
     # -- the beginning --------------------------------------------------------------------------
 
+    def _listen(self) -> str | None:
+        """Open this engine's port; its URL. None where another rank has the engine."""
+        if self._group.rank > 0:
+            return None
+        number = self._ranks.local_rank // self._group.size
+        host, port = self._config.host, self._config.port
+        self._sock = listen(host, port + number if port else 0)
+        if host in ("0.0.0.0", "::"):  # every address of this machine; others know it by name
+            local = "127.0.0.1" if host == "0.0.0.0" else "::1"
+            host = socket.gethostname() if self._ranks.several_machines else local
+        port = self._sock.getsockname()[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
     def _sharing(self, source: Source) -> contextlib.AbstractContextManager:
         if self._shared is None:
             return contextlib.nullcontext()
@@ -390,25 +409,12 @@ class RolloutServer:
             self._offload = OptimizerOffload(self._policy.optimizer, rest)
             self.call_on_close(self._offload.close)
 
-    async def _start_engine(self, source: Source) -> None:
-        from vllm.platforms import current_platform
-
-        config, policy = self._config, self._policy
-        dtype = policy.dtype if config.dtype == "auto" else config.dtype
-        untied = "lm_head.weight" in source.specs
-        write_model_folder(self._folder, policy.bare, policy.tokenizer, dtype, untied)
-        write_specs(self._folder, source.specs)
-        on_cpu = current_platform.is_cpu()
-        arguments = engine_arguments(
-            config, self._folder, self._names(), dtype, self._sampling, policy.seed, on_cpu
-        )
-        variables = engine_variables(on_cpu, policy.gpu, self._folder)
-        if source.adapter is not None:
-            arguments = adapter_arguments(source.adapter) | arguments
-        log = os.path.join(self._folder, "engine.log")
-        self._engine = await Engine.start(arguments, variables, log, self._pids)
-        if source.adapter is not None:
-            use_adapter(self._engine.client, config.served_model_name)
+    async def _start_engine(self, source: Source, devices: list[str | None]) -> None:
+        config = self._config
+        self._engine = await start_engine(
+            self._policy, config, source, self._folder, self._names(), self._sampling,
+            self._group, devices, self._pids,
+        )  # fmt: skip
         self._gate = Gate(config.hold_timeout)
         self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
 

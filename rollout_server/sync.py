@@ -37,6 +37,7 @@ from rollout_server.errors import (
     WeightSyncError,
     first_line,
 )
+from rollout_server.group import GroupEngine
 from rollout_server.lifecycle import Lifecycle, SyncTransition
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
@@ -81,14 +82,15 @@ class WeightSync:
         policy: Policy,
         config: RolloutConfig,
         loop: LoopThread,
-        engine: Engine,
+        engine: Engine | GroupEngine,
         lifecycle: Lifecycle,
         specs: Mapping[str, TensorSpec],
         shared: SharedWeights | None,
         ranks: Ranks,
+        group: Ranks,
     ):
         """specs: the tensors that the engine was started for; shared: the memory that it has in
-        common with the policy, with colocate="share"."""
+        common with the policy, with colocate="share"; group: of the ranks, those of this engine."""
         self._policy = policy
         self._config = config
         self._loop = loop
@@ -97,6 +99,7 @@ class WeightSync:
         self._shared = shared
         self._engine = engine
         self._ranks = ranks
+        self._group = group
         self._exporter = Exporter()
         self._staging = Staging(config.sync_bucket_bytes, _wanted(engine.description))
         self._one_at_a_time = threading.Lock()
@@ -217,12 +220,17 @@ class WeightSync:
                 report = self._loop.result(running.popleft(), self._allowed, "sync_weights()")
                 size, tensors = size + report["bytes"], tensors + report["tensors"]
 
-        with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
-            for part in walk:
-                work = self._writing(self._exporter.export(part), part.number == 0, part.last)
-                running.append(self._loop.submit(sync.write(work), "sync_weights()"))
-                finish(but=1)  # the memory of the part before this one is written next
-            finish(but=0)
+        try:
+            with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
+                for part in walk:
+                    work = self._writing(self._exporter.export(part), part.number == 0, part.last)
+                    running.append(self._loop.submit(sync.write(work), "sync_weights()"))
+                    finish(but=1)  # the memory of the part before this one is written next
+                finish(but=0)
+        finally:  # what was begun ends, so that ranks with one engine stay in step
+            while running:
+                with contextlib.suppress(Exception):
+                    self._loop.result(running.popleft(), self._allowed, "sync_weights()")
         return size, tensors
 
     def _tidy(self, source: Source) -> None:
@@ -279,8 +287,13 @@ class WeightSync:
         alone = source.adapter is not None and size == source.adapter.bytes
         return "adapter" if alone else self.path
 
-    def _together(self, what: str) -> contextlib.AbstractContextManager:
-        return self._ranks.together(what, self._config.sync_timeout)
+    @contextlib.contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        with (
+            self._ranks.together(what, self._config.sync_timeout),
+            self._group.together(what, self._config.sync_timeout),
+        ):
+            yield
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollout_server.config import RolloutConfig
@@ -56,8 +56,8 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "worker_extension_cls": WORKER_EXTENSION,
-        # The worker inside the engine's process: one process less.
-        "distributed_executor_backend": "uni",
+        # A single worker is inside the engine's process: one process less.
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
     }
     if on_cpu:
         chosen |= {
@@ -72,10 +72,18 @@ def engine_arguments(
     return chosen | dict(config.engine_args)
 
 
-def engine_variables(on_cpu: bool, device: int | None, folder: str) -> dict[str, str]:
+def device_name(device: int | None) -> str | None:
+    """How CUDA_VISIBLE_DEVICES calls the GPU that torch counts as `device` in this process."""
+    if device is None:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[device] if visible else str(device)
+
+
+def engine_variables(on_cpu: bool, devices: Sequence[str | None], folder: str) -> dict[str, str]:
     """Environment variables for the engine's processes.
 
-    device: index of the GPU as torch counts here; folder: for temporary files and sockets.
+    devices: `device_name` of each worker's; folder: for temporary files and sockets.
     """
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -95,10 +103,21 @@ def engine_variables(on_cpu: bool, device: int | None, folder: str) -> dict[str,
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    elif device is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+        if len(devices) > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_each(len(devices))
+    elif None not in devices:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return variables
+
+
+def _cores_of_each(workers: int) -> str:
+    """vLLM itself wants a NUMA node for each worker."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // workers
+    if not each:
+        return "nobind"
+    lists = [cores[i * each : (i + 1) * each] for i in range(workers)]
+    return "|".join(",".join(map(str, cores)) for cores in lists)
 
 
 def tool_parser(config: RolloutConfig, chat_template: Any) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from rollout_server.engine import compat
+from rollout_server.engine.plan import Message
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import engine_children
 from rollout_server.engine.stats import PeakUsage, stat_logger
@@ -36,11 +37,15 @@ _LIVENESS_PERIOD = 0.5
 
 
 class Engine:
-    """A running engine. Made by `Engine.start`, ended by `close`."""
+    """A running engine. Made by `Engine.start`, ended by `close`.
+
+    workers: what each says of itself, see `WeightReceiver`; description: the same of all of them.
+    """
 
     def __init__(self, client: Any, log: str, peak: PeakUsage):
         self.client = client
-        self.kv_cache_peak = peak
+        self._peak = peak
+        self.workers: list[dict[str, Any]] = []
         self.description: dict[str, Any] = {}
         self._log = log
         self._processes = [psutil.Process(p) for p in _core_pids(client)]
@@ -79,7 +84,8 @@ class Engine:
                 raise _start_error(error, log) from error
         engine = cls(client, log, peak)
         try:
-            engine.description = (await engine._on_workers("rollout_describe"))[0]
+            engine.workers = await engine._on_workers("rollout_describe")
+            engine.description = _merged(engine.workers)
             if refused := engine.description["refused"]:
                 raise UnsupportedModelError(
                     "vLLM's model and the policy don't have the same tensors; attach a model whose "
@@ -116,6 +122,10 @@ class Engine:
             with contextlib.suppress(psutil.Error):
                 total += process.memory_info().rss
         return total
+
+    def take_kv_cache_peak(self) -> float:
+        """The highest share (0 to 1) of the KV cache in use since this was last called."""
+        return self._peak.take()
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
         return _tail(self._log, lines)
@@ -170,41 +180,45 @@ class Engine:
         """Bring the KV cache back; scheduling resumes with it."""
         await self._alive(self.client.wake_up(tags=["kv_cache"]))
 
-    async def write_weights(self, message: bytes) -> dict[str, Any]:
+    async def write_weights(self, message: Message) -> dict[str, Any]:
         """Copy a part of the trainer's tensors by the plan; see `WeightReceiver`."""
-        return await self._weights("rollout_write", message)
+        return (await self._weights("rollout_write", message))[0]
 
     async def reload_weights(
-        self, message: bytes, first: bool, last: bool, layerwise: bool
+        self, message: Message, first: bool, last: bool, layerwise: bool
     ) -> dict[str, Any]:
         """Give a part of the trainer's tensors to vLLM's loader."""
-        return await self._weights("rollout_reload", message, first, last, layerwise)
+        return (await self._weights("rollout_reload", message, first, last, layerwise))[0]
 
-    async def compare_weights(self, message: bytes) -> list[str]:
+    async def compare_weights(self, message: Message) -> list[str]:
         """Names of the tensors, of a part, that differ from what the engine holds."""
-        return (await self._weights("rollout_compare", message))["mismatched"]
+        return _united(await self._weights("rollout_compare", message), "mismatched")
 
     async def write_adapter(
-        self, message: bytes, scaling: Mapping[str, float], fresh: bool
+        self, message: Message, scaling: Mapping[str, float], fresh: bool
     ) -> dict[str, Any]:
         """Copy a LoRA adapter into vLLM's buffers; `fresh`: which have nothing of it."""
-        return await self._weights("rollout_write_adapter", message, scaling, fresh)
+        return (await self._weights("rollout_write_adapter", message, scaling, fresh))[0]
 
-    async def compare_adapter(self, message: bytes) -> list[str]:
+    async def compare_adapter(self, message: Message) -> list[str]:
         """Names of the adapter's tensors that differ from what the engine holds."""
-        return (await self._weights("rollout_compare_adapter", message))["mismatched"]
+        return _united(await self._weights("rollout_compare_adapter", message), "mismatched")
+
+    async def anywhere(self, flag: bool) -> bool:
+        """Whether `flag` holds for any rank that has this engine: here there is one."""
+        return flag
 
     async def forget_weights(self, first: int) -> None:
         """Let go of the trainer's memory behind the parts from number `first` on."""
         await self._weights("rollout_forget", first)
 
-    async def _weights(self, method: str, *args: Any) -> dict[str, Any]:
-        """The first worker's report; `WeightSyncError` if any failed."""
+    async def _weights(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Each worker's report; `WeightSyncError` if any failed."""
         reports = await self._on_workers(method, *args)
         for report in reports:
             if "error" in report:
                 raise WeightSyncError(f"the engine couldn't take the weights:\n{report['error']}")
-        return reports[0]
+        return reports
 
     async def set_weight_version(self, version: int) -> None:
         await self._alive(compat.set_weight_version(self.client, version))
@@ -246,6 +260,21 @@ def kill_trees(pids: list[int]) -> None:
             process = psutil.Process(pid)
             tree += [process, *process.children(recursive=True)]
     _kill(tree)
+
+
+def _merged(workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What holds for all workers of an engine."""
+    splittable = set.intersection(*(set(w["splittable"]) for w in workers))
+    return workers[0] | {
+        "refused": next((w["refused"] for w in workers if w["refused"]), ""),
+        "obstacles": _united(workers, "obstacles"),
+        "repacked": _united(workers, "repacked"),
+        "splittable": sorted(splittable),
+    }
+
+
+def _united(reports: list[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(line for report in reports for line in report[name]))
 
 
 def _vllm_config(arguments: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rollout_server.errors import DeadlineError, StateError
@@ -20,6 +20,28 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
+    """What `work` returns or raises, which may block. Other than with `asyncio.to_thread`, a wait
+    that was given up doesn't hold up the end of the process."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def settle(method: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            method(value)
+
+    def run() -> None:
+        try:
+            outcome = future.set_result, work(*args)
+        except BaseException as error:
+            outcome = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="rollout-wait", daemon=True).start()
+    return await future
 
 
 class LoopThread:

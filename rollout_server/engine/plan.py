@@ -36,6 +36,11 @@ class Part(NamedTuple):
     pieces: list[Piece]
 
 
+# What tells an engine of a part: handles of its tensors. Several ranks have one each, by the place
+# that the worker who opens it has too (`weights.transport.place`).
+Message = bytes | dict[str, bytes]
+
+
 class TensorSpec(NamedTuple):
     """What the engine is told of a tensor before it has one."""
 

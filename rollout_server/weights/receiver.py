@@ -14,9 +14,9 @@ import torch
 import rollout_server.engine.loader  # noqa: F401 - vLLM imports this module before it loads a model
 from rollout_server.engine.adapter import AdapterSlot
 from rollout_server.engine.copying import Copier
-from rollout_server.engine.plan import Plan
+from rollout_server.engine.plan import Message, Plan
 from rollout_server.engine.storages import flat, storages
-from rollout_server.weights.transport import Importer, Opened
+from rollout_server.weights.transport import Importer, Opened, place
 
 
 def _failing_as_text(method: Callable[..., dict]) -> Callable[..., dict]:
@@ -65,7 +65,7 @@ class WeightReceiver:
         }
 
     @_failing_as_text
-    def rollout_write(self, message: bytes) -> dict:
+    def rollout_write(self, message: Message) -> dict:
         """Copy one part of the trainer's tensors to where the plan has them.
 
         Returns {"bytes", "tensors"} of what was read.
@@ -78,13 +78,15 @@ class WeightReceiver:
         return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
     @_failing_as_text
-    def rollout_compare(self, message: bytes) -> dict:
+    def rollout_compare(self, message: Message) -> dict:
         """{"mismatched": names} of the tensors in one part that differ from the model's."""
         plan = self.get_model().rollout_plan
         return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
 
     @_failing_as_text
-    def rollout_write_adapter(self, message: bytes, scaling: dict[str, float], fresh: bool) -> dict:
+    def rollout_write_adapter(
+        self, message: Message, scaling: dict[str, float], fresh: bool
+    ) -> dict:
         """Copy a LoRA adapter to where vLLM has its places; `fresh`: look for them anew."""
         opened = self._rollout_open(message)
         if fresh or self._rollout_adapter.scaling != scaling:
@@ -94,7 +96,7 @@ class WeightReceiver:
         return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
     @_failing_as_text
-    def rollout_compare_adapter(self, message: bytes) -> dict:
+    def rollout_compare_adapter(self, message: Message) -> dict:
         """{"mismatched": names} of the adapter's tensors that differ from the engine's."""
         return {"mismatched": self._rollout_adapter.mismatched(self._rollout_open(message).pieces)}
 
@@ -108,7 +110,7 @@ class WeightReceiver:
         return {}
 
     @_failing_as_text
-    def rollout_reload(self, message: bytes, first: bool, last: bool, layerwise: bool) -> dict:
+    def rollout_reload(self, message: Message, first: bool, last: bool, layerwise: bool) -> dict:
         """Give one part to vLLM's loader, between the `first` and the `last` of a sync; with
         `layerwise`, layers are repacked as they get complete."""
         from rollout_server.engine import reload
@@ -121,7 +123,15 @@ class WeightReceiver:
         _finish_device_work()
         return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
-    def _rollout_open(self, message: bytes) -> Opened:
+    def _rollout_open(self, message: Message) -> Opened:
+        if isinstance(message, dict):
+            own = place(next(self.get_model().parameters()).device, self.rank)
+            if own not in message:
+                raise RuntimeError(
+                    f"the worker is on {own}, the trainer's ranks on {sorted(message)}; launch one "
+                    "rank per device, each on its own"
+                )
+            message = message[own]
         return self._rollout_importer().open(message)
 
     def _rollout_importer(self) -> Importer:

@@ -183,6 +183,13 @@ class Importer:
         self._parts = {number: part for number, part in self._parts.items() if number < first}
 
 
+def place(device: torch.device, rank: int) -> str:
+    """What a rank's memory and the worker that opens it, number `rank` of its engine, both have."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return f"{device.type}:{rank}"
+
+
 class _Unpickler(pickle.Unpickler):
     """Rebuilds handles and nothing else."""
 

@@ -1,0 +1,73 @@
+"""How a server's engine comes to be: one for this rank, or one for its group."""
+
+import os
+from typing import Any
+
+import torch
+
+from rollout_server.config import RolloutConfig
+from rollout_server.engine.adapter import adapter_arguments, use_adapter
+from rollout_server.engine.arguments import engine_arguments, engine_variables
+from rollout_server.engine.engine import Engine
+from rollout_server.engine.folder import write_model_folder, write_specs
+from rollout_server.group import GroupEngine
+from rollout_server.policy import Policy
+from rollout_server.ranks import Ranks
+from rollout_server.weights.source import Source
+from rollout_server.weights.transport import place
+
+
+async def start_engine(
+    policy: Policy,
+    config: RolloutConfig,
+    source: Source,
+    folder: str,
+    names: list[str],
+    sampling: dict[str, Any],
+    group: Ranks,
+    devices: list[str | None],
+    pids: list[int],
+) -> Engine | GroupEngine:
+    """Start vLLM for a policy, on the group's first rank; all of them take part in it.
+
+    source: the policy's tensors, of which names and shapes are looked at; folder: of the server;
+    names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
+    `device_name` of each rank's in the group; pids: takes the ids of the engine's processes.
+    """
+    engine = None
+    if group.rank == 0:
+        engine = await _start(policy, config, source, folder, names, sampling, devices, pids)
+    if group.size == 1:
+        return engine
+    device = torch.device("cpu" if policy.gpu is None else f"cuda:{policy.gpu}")
+    return await GroupEngine.join(
+        engine, group, place(device, group.rank), max(config.start_timeout, config.transition_time)
+    )
+
+
+async def _start(
+    policy: Policy,
+    config: RolloutConfig,
+    source: Source,
+    folder: str,
+    names: list[str],
+    sampling: dict[str, Any],
+    devices: list[str | None],
+    pids: list[int],
+) -> Engine:
+    from vllm.platforms import current_platform
+
+    dtype = policy.dtype if config.dtype == "auto" else config.dtype
+    untied = "lm_head.weight" in source.specs
+    write_model_folder(folder, policy.bare, policy.tokenizer, dtype, untied)
+    write_specs(folder, source.specs)
+    on_cpu = current_platform.is_cpu()
+    arguments = engine_arguments(config, folder, names, dtype, sampling, policy.seed, on_cpu)
+    if source.adapter is not None:
+        arguments = adapter_arguments(source.adapter) | arguments
+    variables = engine_variables(on_cpu, devices, folder)
+    log = os.path.join(folder, "engine.log")
+    engine = await Engine.start(arguments, variables, log, pids)
+    if source.adapter is not None:
+        use_adapter(engine.client, config.served_model_name)
+    return engine
