@@ -114,13 +114,13 @@ class Ranks:
 
     def fail(self, what: str, error: BaseException) -> None:
         """Tell the others why this rank doesn't do what all do now, unless they know."""
-        if self.size > 1 and getattr(error, "known_to", None) is not self:
+        if self.size > 1 and getattr(error, "known_to", None) != self._name:
             self._known(error)
             with contextlib.suppress(RuntimeError):
                 self._say(what, failure=f"{type(error).__name__}: {error}")
 
     def _known(self, error: BaseException) -> BaseException:
-        error.known_to = self
+        error.known_to = self._name
         return error
 
     def _say(self, what: str, value: Any = None, failure: str | None = None) -> int:

@@ -47,8 +47,17 @@ def test_a_bad_option_is_named_with_its_value_and_the_remedy(options, parts):
 def test_what_is_not_there_yet_says_so():
     with pytest.raises(NotAvailableError, match="max_restarts"):
         RolloutConfig(max_restarts=2)
-    with pytest.raises(NotAvailableError, match=r"engine_args\['tensor_parallel_size'\]=2"):
-        RolloutConfig(engine_args={"tensor_parallel_size": 2})
+    with pytest.raises(NotAvailableError, match=r"engine_args\['data_parallel_size'\]=2"):
+        RolloutConfig(engine_args={"data_parallel_size": 2})
+
+
+def test_tensor_parallel_needs_the_ranks_for_it():
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size'\]=-2"):
+        RolloutConfig(engine_args={"tensor_parallel_size": -2})
+    with pytest.raises(ConfigError, match="colocate='share'"):
+        RolloutConfig(engine_args={"tensor_parallel_size": 2}, colocate="share")
+    with pytest.raises(ConfigError, match=r"has 1 rank of .*accelerate launch"):
+        attach(torch.nn.Linear(2, 2), object(), engine_args={"tensor_parallel_size": 2})
 
 
 def test_a_key_is_never_shown():

@@ -17,13 +17,13 @@ from rollout_server.errors import DeadlineError, RankError
 from rollout_server.ranks import Ranks
 from tests.ranks.told import told
 
-TRAIN = Path(__file__).parent / "ranks" / "train.py"
+SCRIPTS = Path(__file__).parent / "ranks"
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
 
 
-def start(*args, told):
-    """The script on two ranks."""
+def start(script, *args, told):
+    """A script of tests/ranks on two ranks."""
     env = os.environ | {
         "TOLD": str(told),
         "OMP_NUM_THREADS": "1",
@@ -32,7 +32,7 @@ def start(*args, told):
     }
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(TRAIN), *map(str, args)],
+         str(SCRIPTS / script), *map(str, args)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ KINDS = ("fsdp2", "ddp", "fsdp1", "zero3")
 def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
     """For each kind three optimizer steps on each rank's own data; `verify_weights` after each."""
     bucket = 8 * MIB
-    process = start(",".join(KINDS), tiny_folder, bucket, told=tmp_path)
+    process = start("train.py", ",".join(KINDS), tiny_folder, bucket, told=tmp_path)
     _, errors = process.communicate(timeout=380)
     assert process.returncode == 0, errors[-4000:]
     first, second = told(tmp_path)
@@ -76,14 +76,37 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_grpo_under_fsdp2(tiny_folder, tmp_path):
+def test_what_ranks_with_one_engine_do_to_each_other(tiny_folder, tmp_path):
+    process = start("group.py", tiny_folder, told=tmp_path)
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors[-4000:]
+    first, second = told(tmp_path)
+    assert first["urls"] == second["urls"] and len(first["urls"]) == 1
+    for line in (first, second):
+        assert [step[0] for step in line["steps"]] == [1, 2, 3]
+        assert all(greedy and gap < 1e-3 for _, _, greedy, gap in line["steps"])
+        assert line["adapter_bytes"] < MIB, "more went than the adapter"
+        assert line["asleep"] == "asleep" and line["healed"]
+        assert line["served_on"] == [True, True]
+        assert line["nan"][0] < 10 and "hold NaN or infinity in" in line["nan"][1]
+        assert line["dead"][0] < 10 and line["dead"][1].startswith("EngineDeadError")
+        assert line["dead_sync"][0] < 10 and "EngineDeadError" in line["dead_sync"][1]
+        assert not line["children"] and not line["threads"]
+    assert first["slept_after"] > 0.9 * second["rollout"], "it slept in the other's rollout"
+    assert "rank 1 failed" in first["nan"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("together", [1, 2], ids=["an engine each", "one engine"])
+def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
     """TRL's own loop; accelerate wraps the model after attach()."""
     said = tmp_path / "told"
     said.mkdir()
     run = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         str(TRAIN.with_name("fsdp2.yaml")), str(TRAIN.with_name("grpo.py")), tiny_folder,
-         str(tmp_path)],
+         str(SCRIPTS / "fsdp2.yaml"), str(SCRIPTS / "grpo.py"), tiny_folder, str(tmp_path),
+         str(together)],
         capture_output=True, text=True, timeout=280, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOLD": str(said)},
     )  # fmt: skip
@@ -104,7 +127,7 @@ def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tm
     launched["TOLD"] = str(tmp_path)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TRAIN), "killed", tiny_folder, str(8 * MIB)],
+            [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB)],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env=os.environ | launched | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )

@@ -228,7 +228,11 @@ class Engine:
 
     async def _alive(self, call: Coroutine) -> Any:
         """Await a call to the engine; `EngineDeadError` if it dies, which vLLM doesn't notice."""
-        self.require_alive()
+        try:
+            self.require_alive()
+        except EngineDeadError:
+            call.close()
+            raise
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait({task}, timeout=_LIVENESS_PERIOD))[0]:

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rollout_server import attach
 
-folder, output = sys.argv[1:]
+folder, output, together = sys.argv[1:]
 torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 trainer = GRPOTrainer(
@@ -35,7 +35,11 @@ trainer = GRPOTrainer(
     reward_funcs=lambda completion_ids, **_: [float(sum(c) % 7) for c in completion_ids],
     processing_class=tokenizer,
 )  # fmt: skip
-with attach(trainer, kv_cache_memory_bytes=32 << 20, progress=False) as server:
+options = {
+    "kv_cache_memory_bytes": 32 << 20, "sync_bucket_bytes": 8 << 20, "progress": False,
+    "engine_args": {"tensor_parallel_size": int(together)},
+}  # fmt: skip
+with attach(trainer, **options) as server:
     trainer.train()
     server.verify_weights()
     logs = [log for log in trainer.state.log_history if "rollout/policy_version" in log]

@@ -1,7 +1,4 @@
-"""One rank of a training loop of our own: torchrun ... train.py KINDS FOLDER BYTES RANKS.
-
-BYTES: of a bucket; RANKS: that have an engine together.
-"""
+"""One rank of a training loop of our own: torchrun ... train.py KINDS FOLDER BYTES-OF-A-BUCKET."""
 
 import hashlib
 import os
@@ -141,8 +138,7 @@ def run(kind, server, current, folder):
 
 
 def main():
-    kinds, folder = sys.argv[1].split(","), sys.argv[2]
-    bucket, together = map(int, sys.argv[3:])
+    kinds, folder, bucket = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3])
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank = dist.get_rank()
@@ -154,9 +150,8 @@ def main():
         model=lambda: current[0], tokenizer=AutoTokenizer.from_pretrained(folder), owner=current[0]
     )
     config = RolloutConfig(
-        kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket, sync_timeout=60,
-        engine_args={"tensor_parallel_size": together},
-    )  # fmt: skip
+        kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket, sync_timeout=60
+    )
     with serve(policy, config) as server:
         results = {kind: run(kind, server, current, folder) for kind in kinds}
         dist.barrier()  # no request while the other's weights move
