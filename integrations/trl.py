@@ -13,14 +13,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from rollout_server.agents import Agent, Outcome, run_agents
 from rollout_server.attach import refuse_second, serve
+from rollout_server.completion import prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import NotAvailableError, TrainerError
 from rollout_server.policy import Policy
 from rollout_server.server import RolloutServer
 from rollout_server.state import State
+from rollout_server.trajectories.export import Rollout, trl_rows
 
 
 def recognises(thing: Any) -> bool:
@@ -30,10 +34,13 @@ def recognises(thing: Any) -> bool:
     )
 
 
-def attach(trainer: Any, config: RolloutConfig) -> RolloutServer:
-    """Start a server for the trainer's policy and make it the source of its completions."""
+def attach(trainer: Any, config: RolloutConfig, rollout: Agent | None = None) -> RolloutServer:
+    """Start a server for the trainer's policy and make it the source of its completions, or of
+    the rollouts of an agent."""
     refuse_second(trainer)
     _check(trainer, config)
+    if rollout is not None:
+        _check_rollout(trainer, config)
     args = trainer.args
     policy = Policy(
         model=lambda: trainer.model,  # looked up each time: FSDP rebinds it
@@ -45,8 +52,14 @@ def attach(trainer: Any, config: RolloutConfig) -> RolloutServer:
         optimizer=lambda: trainer.optimizer,  # made when training begins
     )
     server = serve(policy, config)
-    _bind(trainer, server)
+    _bind(trainer, server, config, rollout)
     return server
+
+
+def session_reward(reward: list[float | None], **_: Any) -> list[float | None]:
+    """A reward function for GRPOTrainer: what each agent returned or set on its session. None,
+    where a rollout failed, is left out of its group by TRL."""
+    return reward
 
 
 class EngineGeneration:
@@ -61,8 +74,8 @@ class EngineGeneration:
     def sync_weights(self) -> None:
         """Give the engine the policy's weights; wakes it."""
         report = self._server.sync_weights()
-        self._log("seconds_sync", report.seconds - report.wake_seconds)
-        self._log("seconds_wake", report.wake_seconds)
+        self.log("seconds_sync", report.seconds - report.wake_seconds)
+        self.log("seconds_wake", report.wake_seconds)
 
     def generate(
         self,
@@ -88,9 +101,9 @@ class EngineGeneration:
         with profiler or nullcontext():
             completions = self._server.generate(prompts, self._fields)
         seconds = time.perf_counter() - started
-        self._log("tokens_per_second", sum(len(c.ids) for c in completions) / seconds)
-        self._log("policy_version", self._server.policy_version)
-        self._log("kv_cache_usage", self._server.take_kv_cache_peak())
+        self.log("tokens_per_second", sum(len(c.ids) for c in completions) / seconds)
+        self.log("policy_version", self._server.policy_version)
+        self.log("kv_cache_usage", self._server.take_kv_cache_peak())
         self.sampled = [c.logprobs for c in completions]
         return (
             [c.prompt_ids for c in completions],
@@ -105,15 +118,16 @@ class EngineGeneration:
             started = time.perf_counter()
             self._server.sleep()
             if self._server.state is State.ASLEEP:
-                self._log("seconds_sleep", time.perf_counter() - started)
+                self.log("seconds_sleep", time.perf_counter() - started)
 
     def log_difference(self, batch: dict[str, Any]) -> None:
         """Log how far the engine's log-probabilities are from the trainer's, per token."""
         difference = logp_difference(batch, self.sampled)
         if difference is not None:
-            self._log("logp_difference", difference)
+            self.log("logp_difference", difference)
 
-    def _log(self, name: str, value: float) -> None:
+    def log(self, name: str, value: float) -> None:
+        """Put a number into the trainer's log, as `rollout/name`."""
         mode = "train" if self._trainer.model.training else "eval"
         self._trainer._metrics[mode][f"rollout/{name}"].append(value)
 
@@ -164,7 +178,75 @@ class _WakeAtTheEnd(TrainerCallback):
             self._server.wake()
 
 
-def _bind(trainer: Any, server: RolloutServer) -> None:
+class AgentRollouts:
+    """Stands in for TRL's `rollout_func`."""
+
+    def __init__(
+        self, server: RolloutServer, config: RolloutConfig, agent: Agent,
+        generation: EngineGeneration,
+    ):  # fmt: skip
+        self._server = server
+        self._config = config
+        self._agent = agent
+        self._generation = generation
+        self._succeeded = False
+        self.examples: list[dict[str, Any]] = []  # of the prompts that come next
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        """A row for each of `prompts`, which are repeated already, in their order."""
+        examples = self.examples or [{"prompt": prompt} for prompt in prompts]
+        started, config = time.perf_counter(), self._config
+        bar = tqdm(
+            total=len(examples), desc="rollouts", unit="rollout", leave=False,
+            disable=not (config.progress and trainer.accelerator.is_main_process),
+        )  # fmt: skip
+        turns = tokens = 0
+
+        def done(outcome: Outcome) -> None:
+            nonlocal turns, tokens
+            turns += outcome.turns
+            tokens += sum(len(node.ids) for node in outcome.session.tree.calls)
+            seconds = time.perf_counter() - started
+            bar.set_postfix({"turns": turns, "tokens/s": f"{tokens / seconds:.0f}"})
+            bar.update()
+
+        with bar:
+            outcomes = run_agents(
+                self._server.session, self._agent, examples, done=done,
+                concurrency=config.rollout_concurrency, timeout=config.rollout_timeout,
+            )  # fmt: skip
+        self._require_one(outcomes)
+        log = self._generation.log
+        log("tokens_per_second", tokens / (time.perf_counter() - started))
+        log("turns", turns / len(outcomes))
+        log("failed", sum(o.error is not None for o in outcomes) / len(outcomes))
+        log("policy_version", self._server.policy_version)
+        rows = [self._row(o, p, trainer) for o, p in zip(outcomes, prompts, strict=True)]
+        return trl_rows(rows)
+
+    def _row(self, outcome: Outcome, prompt: Any, trainer: Any) -> Rollout:
+        row = None if outcome.error is not None else outcome.session.rollout()
+        if row is not None:
+            return row
+        # TRL needs a row: this one trains nothing, and has no reward.
+        ids = prompt_list([prompt], trainer.processing_class)[0]
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        return Rollout(ids, [tokenizer.eos_token_id], [0.0], [0])
+
+    def _require_one(self, outcomes: list[Outcome]) -> None:
+        """An agent that has never worked is a mistake in the script, not bad luck."""
+        errors = [o.error for o in outcomes if o.error is not None]
+        self._succeeded = self._succeeded or len(errors) < len(outcomes)
+        if not self._succeeded:
+            raise TrainerError(
+                f"each of the first {len(errors)} rollouts failed, the first with "
+                f"{type(errors[0]).__name__}: {errors[0]}"
+            ) from errors[0]
+
+
+def _bind(
+    trainer: Any, server: RolloutServer, config: RolloutConfig, rollout: Agent | None
+) -> None:
     """Put an `EngineGeneration` where TRL looks for its own, until the server is closed."""
     generation, wake_at_the_end = EngineGeneration(trainer, server), _WakeAtTheEnd(server)
     generate, score = trainer._generate, trainer._generate_and_score_completions
@@ -180,9 +262,13 @@ def _bind(trainer: Any, server: RolloutServer) -> None:
         finally:
             generation.sleep()
 
+    agents = None if rollout is None else AgentRollouts(server, config, rollout, generation)
+
     @functools.wraps(score)
-    def score_and_compare(*args, **kwargs):
-        batch = score(*args, **kwargs)
+    def score_and_compare(inputs, *args, **kwargs):
+        if agents is not None:
+            agents.examples = inputs
+        batch = score(inputs, *args, **kwargs)
         generation.log_difference(batch)
         return batch
 
@@ -190,7 +276,11 @@ def _bind(trainer: Any, server: RolloutServer) -> None:
         trainer.use_vllm, trainer.vllm_mode = False, mode
         del trainer.vllm_generation, trainer._generate, trainer._generate_and_score_completions
         trainer.remove_callback(wake_at_the_end)
+        if agents is not None:
+            trainer.rollout_func = None
 
+    if agents is not None:
+        trainer.rollout_func = agents
     trainer.vllm_generation = generation
     trainer.use_vllm = True
     trainer.vllm_mode = "server"  # the branch that assumes nothing of where vLLM is
@@ -247,6 +337,21 @@ def _check(trainer: Any, config: RolloutConfig) -> None:
             raise TrainerError(f"{kind} has no {method}(); TRL 1.0 or later is needed")
     if getattr(trainer, "vllm_importance_sampling_correction", False):
         _check_importance_sampling(trainer, config)
+
+
+def _check_rollout(trainer: Any, config: RolloutConfig) -> None:
+    kind = type(trainer).__name__
+    if not hasattr(trainer, "rollout_func"):
+        raise TrainerError(f"rollout=: a {kind} takes no rollouts of agents; use a GRPOTrainer")
+    if trainer.rollout_func is not None or getattr(trainer, "tools", None):
+        raise TrainerError(
+            f"rollout=: the {kind} has rollouts of its own (rollout_func or tools); leave them out"
+        )
+    if config.tensor_parallel > 1:
+        raise NotAvailableError(
+            "rollout= with engine_args['tensor_parallel_size'] above 1 isn't available in this "
+            "version; leave that out"
+        )
 
 
 def _check_importance_sampling(trainer: Any, config: RolloutConfig) -> None:

@@ -4,6 +4,7 @@ import importlib
 import weakref
 from typing import Any
 
+from rollout_server.agents import Agent, require_agent
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import AlreadyAttachedError, ConfigError
 from rollout_server.policy import Policy
@@ -11,15 +12,16 @@ from rollout_server.server import RolloutServer
 from rollout_server.state import State
 
 # Modules that know a trainer. Each has `recognises(object) -> bool` and
-# `attach(trainer, config) -> RolloutServer`; imported only when attach() is given one object.
+# `attach(trainer, config, rollout) -> RolloutServer`; imported only when attach() gets one object.
 TRAINERS = ("rollout_server.integrations.trl",)
 
 _servers: "weakref.WeakKeyDictionary[Any, RolloutServer]" = weakref.WeakKeyDictionary()
 
 
 def attach(
-    trainer_or_model: Any, tokenizer: Any = None, /, *, optimizer: Any = None, **options: Any
-) -> RolloutServer:
+    trainer_or_model: Any, tokenizer: Any = None, /, *, optimizer: Any = None,
+    rollout: Agent | None = None, **options: Any,
+) -> RolloutServer:  # fmt: skip
     """Start a vLLM engine beside a trainer or a model, serve it, and return its handle.
 
     attach(trainer, **options): a TRL trainer (GRPO, RLOO); its rollouts come from the engine
@@ -28,11 +30,21 @@ def attach(
     `sync_weights`, `sleep` and `wake` on the handle yourself.
 
     optimizer: of that model, for offload_optimizer=True; a trainer knows its own.
+    rollout: an agent, `rollout(session, example)`, sync or async, which is run for each prompt of a
+    trainer instead of one completion: it talks to the policy through the session with any client,
+    and returns a reward or sets it. `example` is the row of the data set.
     options: fields of `RolloutConfig`. Returns once the endpoint answers. Raises subclasses of
     `RolloutServerError`, and leaves nothing running then.
     """
     config = RolloutConfig.of(options)
+    if rollout is not None:
+        require_agent(rollout)
     if tokenizer is not None:
+        if rollout is not None:
+            raise ConfigError(
+                "rollout= needs a trainer that asks for rollouts; with attach(model, tokenizer) "
+                "use server.session(), or rollout_server.agents.run_agents"
+            )
         policy = Policy(
             model=lambda: trainer_or_model,
             tokenizer=tokenizer,
@@ -43,7 +55,7 @@ def attach(
     for name in TRAINERS:
         adapter = importlib.import_module(name)
         if adapter.recognises(trainer_or_model):
-            return adapter.attach(trainer_or_model, config)
+            return adapter.attach(trainer_or_model, config, rollout)
     raise ConfigError(
         f"attach() was given a {type(trainer_or_model).__name__} alone; give a TRL GRPOTrainer or "
         "RLOOTrainer, or a model and its tokenizer"

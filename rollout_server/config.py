@@ -70,6 +70,10 @@ class RolloutConfig:
             "always" or "never".
         max_restarts: how often a dead engine is restarted.
 
+    Agents, with attach(trainer, rollout=...):
+        rollout_concurrency: how many run at a time, on each rank.
+        rollout_timeout: seconds for each, after which it has failed.
+
     Deadlines:
         start_timeout: start of the engine, its first weights included.
         sync_timeout: one sync of weights.
@@ -106,6 +110,9 @@ class RolloutConfig:
     verify_every: int = 0
     max_restarts: int = 0
 
+    rollout_concurrency: int = 64
+    rollout_timeout: float = 1800.0
+
     start_timeout: float = 600.0
     sync_timeout: float = 300.0
     sleep_timeout: float = 60.0
@@ -140,6 +147,7 @@ class RolloutConfig:
             _text("api_key", self.api_key, secret=True)
         _whole("port", self.port, low=0, high=65535)
         _whole("sync_bucket_bytes", self.sync_bucket_bytes, low=1 << 16)
+        _whole("rollout_concurrency", self.rollout_concurrency, low=1)
         _whole("verify_every", self.verify_every, low=0)
         _whole("max_restarts", self.max_restarts, low=0)
         _whole("max_model_len", self.max_model_len, low=1, optional=True)

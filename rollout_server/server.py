@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import contextlib
+import copy
 import html
 import secrets
 import shutil
@@ -30,8 +31,10 @@ from rollout_server.errors import (
 )
 from rollout_server.group import GroupEngine
 from rollout_server.http.app import layered, serving_app
+from rollout_server.http.calls import tap
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
+from rollout_server.http.sessions import Sessions
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
@@ -40,6 +43,7 @@ from rollout_server.ranks import Ranks
 from rollout_server.starting import start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
+from rollout_server.trajectories.session import Session
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Source
 
@@ -66,6 +70,7 @@ class RolloutServer:
         self._listener: Listener | None = None
         self._offload: OptimizerOffload | None = None
         self._request = 0
+        self._sessions = Sessions()
         self._on_close: list[Callable[[], None]] = []
         with self._ranks.together("attach()", config.start_timeout):
             self._group = self._ranks.group(config.tensor_parallel)
@@ -304,16 +309,25 @@ class RolloutServer:
 
         return openai.AsyncOpenAI(**(self._client_options() | options))
 
-    def _client_options(self) -> dict[str, Any]:
+    def _client_options(self, url: str | None = None, key: str | None = None) -> dict[str, Any]:
         self._box.require_open()
         patience = self._config.hold_timeout + self._config.generate_timeout
-        return {"base_url": self.base_url, "api_key": self.api_key, "timeout": patience}
+        url, key = url or self.base_url, key or self.api_key
+        return {"base_url": url, "api_key": key, "timeout": patience}
 
-    def session(self, *args: Any, **options: Any) -> Any:
-        """A rollout session with a URL, a key and a trajectory of its own."""
-        raise NotAvailableError(
-            "session() isn't available in this version; use base_url and api_key, or generate()"
-        )
+    def session(self, **metadata: Any) -> Session:
+        """A rollout session with a URL, a key and a trajectory of its own.
+
+        metadata: kept on the session, such as the example that the agent works on.
+        """
+        self._box.require_open()
+        if self._sock is None:
+            raise NotAvailableError(
+                "this rank's engine is served by its group's first rank; call session() there"
+            )
+        session = Session(self.base_url, self._client_options, self._sessions.remove, metadata)
+        self._sessions.add(session)
+        return session
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -435,7 +449,12 @@ class RolloutServer:
             tool_parser(config, self._policy.chat_template),
             config.reasoning_parser,
         )
-        app = layered(app, self._api_key, self._gate, lambda: self._lifecycle.version)
+        client = self._engine.client
+        tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
+        app = layered(
+            app, self._api_key, self._gate, lambda: self._lifecycle.version, self._sessions,
+            client.model_config.get_vocab_size(),
+        )  # fmt: skip
         self._listener = Listener(app, self._sock)
         await self._listener.start()
 

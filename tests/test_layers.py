@@ -8,6 +8,7 @@ import pytest
 
 from rollout_server.http.app import layered
 from rollout_server.http.gate import Gate
+from rollout_server.http.sessions import Sessions
 
 KEY = "key-of-the-tests"
 
@@ -33,7 +34,7 @@ def client(app, gate=None, version=lambda: 7, key=KEY):
     if gate is None:
         gate = Gate(hold_timeout=5)
         gate.open()
-    transport = httpx.ASGITransport(app=layered(app, KEY, gate, version))
+    transport = httpx.ASGITransport(app=layered(app, KEY, gate, version, Sessions(), 100))
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
 

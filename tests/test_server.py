@@ -11,7 +11,6 @@ from support import MIB, greedy, large_step, trainer_logprobs
 
 from rollout_server.errors import (
     DeadlineError,
-    NotAvailableError,
     PromptTooLongError,
     SamplingError,
     StateError,
@@ -300,8 +299,3 @@ def test_it_shows_itself_without_its_key(server):
         assert "awake" in shown and server.base_url in shown and "MiB" in shown
         assert server.api_key not in shown
     assert table.startswith("<table>")
-
-
-def test_sessions_say_that_they_are_not_there_yet(server):
-    with pytest.raises(NotAvailableError, match="session"):
-        server.session()

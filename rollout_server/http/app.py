@@ -7,7 +7,9 @@ from typing import Any
 
 from rollout_server.engine import compat
 from rollout_server.http.gate import Gate
-from rollout_server.http.layers import Hold, Key, Routes, Tags
+from rollout_server.http.layers import Hold, Routes
+from rollout_server.http.record import Calls
+from rollout_server.http.sessions import Owner, Rewards, Sessions
 
 
 async def serving_app(
@@ -34,9 +36,12 @@ async def serving_app(
     return app
 
 
-def layered(app: Any, key: str, gate: Gate, version: Callable[[], int]) -> Routes:
-    """What uvicorn serves."""
-    return Routes(Key(Hold(Tags(app, version), gate), key))
+def layered(
+    app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions, vocabulary: int
+) -> Owner:
+    """What uvicorn serves: `app` behind all layers. vocabulary: number of token ids."""
+    calls = Calls(app, version, vocabulary)
+    return Owner(Rewards(Routes(Hold(calls, gate))), key, sessions)
 
 
 def _arguments(

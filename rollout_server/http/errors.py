@@ -1,13 +1,18 @@
-"""Answers of the layers in front of vLLM's app, in the form of an OpenAI error."""
+"""Answers of the layers in front of vLLM's app; errors in the form of OpenAI's."""
 
 import json
+from typing import Any
 
 
 async def send_error(send, status: int, message: str, kind: str, headers: dict | None = None):
     """Send a whole ASGI answer `{"error": {...}}`."""
-    body = json.dumps(
-        {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    ).encode()
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    await send_json(send, {"error": error}, status, headers)
+
+
+async def send_json(send, answer: Any, status: int = 200, headers: dict | None = None):
+    """Send a whole ASGI answer."""
+    body = json.dumps(answer).encode()
     pairs = {"content-type": "application/json", "content-length": str(len(body))}
     pairs |= headers or {}
     await send(

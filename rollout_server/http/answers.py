@@ -1,0 +1,97 @@
+"""What an answer says, as the assistant's message that a client sends back in its next request."""
+
+import json
+from typing import Any
+
+from rollout_server.http.splice import Message
+
+
+def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | None:
+    """The message in a whole answer of the route `path`; None if the route has none.
+
+    choice: number of the choice, where a route has several.
+    """
+    if path == "/v1/chat/completions":
+        return answer["choices"][choice]["message"]
+    if path == "/v1/responses":
+        return _of_response(answer)
+    if path == "/v1/messages":
+        return _of_blocks(answer["content"])
+    return None
+
+
+class Stream:
+    """Puts the message together from a stream's events."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._content: list[str] = []
+        self._calls: dict[int, dict[str, str]] = {}
+        self._whole: Message | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        if self._path == "/v1/chat/completions":
+            for choice in event.get("choices", ()):
+                if choice.get("index", 0) == 0:
+                    self._delta(choice.get("delta") or {})
+        elif self._path == "/v1/responses":
+            if event.get("type") in ("response.completed", "response.incomplete"):
+                self._whole = _of_response(event["response"])
+        elif self._path == "/v1/messages":
+            self._block(event)
+
+    def _delta(self, delta: dict[str, Any]) -> None:
+        self._content.append(delta.get("content") or "")
+        for call in delta.get("tool_calls") or ():
+            self._call(call.get("index", 0), call.get("function") or {})
+
+    def _block(self, event: dict[str, Any]) -> None:
+        at = event.get("index", 0)
+        if event.get("type") == "content_block_start":
+            block = event["content_block"]
+            self._content.append(block.get("text") or "")
+            if block.get("type") == "tool_use":
+                self._call(at, {"name": block["name"]})
+        elif event.get("type") == "content_block_delta":
+            delta = event["delta"]
+            self._content.append(delta.get("text") or "")
+            if "partial_json" in delta:
+                self._call(at, {"arguments": delta["partial_json"]})
+
+    def _call(self, at: int, part: dict[str, Any]) -> None:
+        call = self._calls.setdefault(at, {"name": "", "arguments": ""})
+        for name in call:
+            call[name] += part.get(name) or ""
+
+    @property
+    def message(self) -> Message | None:
+        if self._whole is not None or self._path == "/v1/completions":
+            return self._whole
+        return _message("".join(self._content), [self._calls[at] for at in sorted(self._calls)])
+
+
+def _message(content: str, calls: list[dict[str, str]]) -> Message:
+    message: Message = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return message
+
+
+def _of_response(answer: dict[str, Any]) -> Message:
+    texts, calls = [], []
+    for item in answer.get("output", ()):
+        if item.get("type") == "message":
+            texts += [part.get("text") or "" for part in item.get("content", ())]
+        elif item.get("type") == "function_call":
+            calls.append({"name": item["name"], "arguments": item["arguments"]})
+    return _message("".join(texts), calls)
+
+
+def _of_blocks(blocks: list[dict[str, Any]]) -> Message:
+    texts = [block.get("text") or "" for block in blocks if block.get("type") == "text"]
+    calls = [
+        {"name": block["name"], "arguments": json.dumps(block["input"])}
+        for block in blocks
+        if block.get("type") == "tool_use"
+    ]
+    return _message("".join(texts), calls)

@@ -1,0 +1,265 @@
+"""The layer in front of vLLM's app in which requests become calls (see calls.py).
+
+On the way in, what the request tells of earlier answers' tokens is checked; on the way out, the
+answer is marked: the header `x-policy-version` and the field `policy_version` (of the JSON body, or
+of each event of a stream) tell the newest version that may have sampled a token of it,
+`policy_versions`, per choice, which version sampled which tokens. Where log-probabilities or token
+ids were asked for, a chat answer's message carries its tokens. In a session the call is recorded.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from rollout_server.http import routes
+from rollout_server.http.answers import Stream, message_of
+from rollout_server.http.body import Gone, again, read_body
+from rollout_server.http.calls import Call, current
+from rollout_server.http.errors import send_error
+from rollout_server.http.history import History
+from rollout_server.http.sessions import SESSION, Live
+from rollout_server.http.splice import Known
+from rollout_server.http.tokens import BadRequest, carried, with_tokens
+
+VERSION_HEADER = b"x-policy-version"
+_CHAT = "/v1/chat/completions"
+_TOLD = 8192  # answers
+_RENDERS = routes.GENERATES | {("POST", "/tokenize")}
+
+
+class Calls:
+    """Only for requests that render or sample; others pass."""
+
+    def __init__(self, app, version: Callable[[], int], vocabulary: int):
+        """version: the policy's; vocabulary: number of token ids that there are."""
+        self._app = app
+        self._version = version
+        self._vocabulary = vocabulary
+        # What was answered outside of sessions: a client that sends tokens back is compared with.
+        self._told = History(limit=_TOLD)
+
+    async def __call__(self, scope, receive, send):
+        if (scope["method"], scope["path"]) not in _RENDERS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await read_body(receive)
+        except Gone:
+            return
+        live, request = scope.get(SESSION), _parsed(body)
+        try:
+            call = self._call(live, request)
+        except BadRequest as error:
+            await send_error(send, 400, str(error), "invalid_request_error")
+            return
+        name = _repeated(scope, body)
+        if live is not None and name is not None and name in live.answered:
+            for message in live.answered[name]:
+                await send(message)
+            return
+        answer = _Answer(scope["path"], request, call, live, self._told, send, self._version)
+        token = current.set(call)
+        try:
+            await self._app(scope, again(body, receive), answer.send)
+        finally:
+            current.reset(token)
+        if live is not None and answer.complete:
+            live.remember(_name(scope, body), answer.sent)
+
+    def _call(self, live: Live | None, request: dict[str, Any]) -> Call:
+        told = carried(request, self._vocabulary)
+        if live is not None and request.get("n") not in (None, 1):
+            raise BadRequest(
+                f"n={request['n']!r}: a session's conversation goes on from one answer; send n=1, "
+                "or several requests"
+            )
+        asked = request.get("logprobs") or request.get("return_token_ids")
+        call = Call(self._version, lambda *_: None, with_logprobs=bool(live or asked))
+
+        def known(messages, template) -> Known | None:
+            if live is not None and (found := live.history.find(template, messages)):
+                at, node = found
+                return Known(at, *live.session.tree.tokens(node))
+            if told is None:
+                return None
+            ours = self._told.find(template, messages)
+            tokens = _digest([*told.prompt_ids, *told.ids])
+            call.carried = ours is None or ours != (told.at, tokens)
+            return told
+
+        call.known = known
+        return call
+
+
+class _Answer:
+    """Passes the app's answer on, marked, and records it when it is whole.
+
+    complete: whether it came to its end, and was recorded if it is a session's; sent: its messages.
+    """
+
+    def __init__(
+        self, path: str, request: dict[str, Any], call: Call, live: Live | None, told: History,
+        send: Callable, version: Callable[[], int],
+    ):  # fmt: skip
+        self._path, self._call, self._live, self._told_before = path, call, live, told
+        self._send, self._version = send, version
+        asked = request.get("logprobs") or request.get("return_token_ids")
+        self._with_tokens = bool(asked) and path == _CHAT
+        self._start: dict | None = None
+        self._pending = b""
+        self._streams = self._passes = self._told = False
+        self._stream = Stream(path) if live is not None or self._with_tokens else None
+        self.complete = False
+        self.sent: list[dict] = []
+
+    async def send(self, message: dict) -> None:
+        if message["type"] == "http.response.start":
+            version = str(self._version()).encode()
+            message = {**message, "headers": [*message["headers"], (VERSION_HEADER, version)]}
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self._streams = kind.startswith(b"text/event-stream")
+            generates = ("POST", self._path) in routes.GENERATES
+            marked = message["status"] == 200 and generates and (self._streams or b"json" in kind)
+            self._passes = not marked
+            if self._streams or self._passes:
+                await self._out(message)
+            else:
+                self._start = message  # until the body's length is known
+        elif message["type"] != "http.response.body" or self._passes:
+            await self._out(message)
+        elif self._streams:
+            await self._events(message)
+        else:
+            await self._body(message)
+
+    async def _out(self, message: dict) -> None:
+        if self._live is not None:
+            self.sent.append(message)
+        await self._send(message)
+
+    async def _body(self, message: dict) -> None:
+        self._pending += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        body = self._pending
+        if self._with_tokens or self._live is not None:
+            answer = json.loads(body)
+            self._record(message_of(self._path, answer))
+            if self._with_tokens and self._call.generations:
+                body = json.dumps(self._with_its_tokens(answer)).encode()
+        body = self._marked(body, True)
+        headers = [
+            (k, str(len(body)).encode() if k == b"content-length" else v)
+            for k, v in self._start["headers"]
+        ]
+        await self._out({**self._start, "headers": headers})
+        await self._out({"type": "http.response.body", "body": body})
+
+    async def _events(self, message: dict) -> None:
+        """Events end with an empty line; half an event waits for its other half."""
+        body, more = self._pending + message.get("body", b""), message.get("more_body", False)
+        at = body.rfind(b"\n\n") + 2 if more else len(body)
+        body, self._pending = (body[:at], body[at:]) if at >= 2 else (b"", body)
+        lines = [self._event(line) for line in body.split(b"\n")]
+        if not more:
+            self._record(self._stream.message if self._stream is not None else None)
+        if body or not more:
+            await self._out({**message, "body": b"\n".join(lines)})
+
+    def _event(self, line: bytes) -> bytes:
+        if not line.startswith(b"data: {"):
+            return line
+        event = line[6:]
+        last = not self._told and self._sampled()
+        if self._stream is not None or (last and self._with_tokens):
+            parsed = json.loads(event)
+            if self._stream is not None:
+                self._stream.add(parsed)
+            if last and self._with_tokens and _finishes(parsed):
+                event = json.dumps(self._with_its_tokens(parsed)).encode()
+        # The engine may be ahead of the stream: told with the event that ends an answer.
+        last = last and b'"finish_reason":"' in event.replace(b": ", b":")
+        self._told = self._told or last
+        return b"data: " + self._marked(event, last)
+
+    def _sampled(self) -> bool:
+        samples = [s for g in self._call.generations for s in g.samples.values()]
+        return bool(samples) and all(s.finish_reason is not None for s in samples)
+
+    def _with_its_tokens(self, answer: dict[str, Any]) -> dict[str, Any]:
+        generation = self._call.generations[-1]
+        for choice in answer.get("choices", ()):
+            sample = generation.samples.get(choice.get("index", 0))
+            field = "delta" if "delta" in choice else "message"
+            if sample is not None and isinstance(choice.get(field), dict):
+                choice[field] = with_tokens(choice[field], generation.prompt_ids, sample)
+        return answer
+
+    def _marked(self, body: bytes, whole: bool) -> bytes:
+        """`{...}` -> `{"policy_version": N, ...}`, without parsing what may be long."""
+        if not body.startswith(b"{"):
+            return body
+        marks: dict[str, Any] = {"policy_version": self._version()}
+        generations = self._call.generations
+        if whole and generations:
+            samples = generations[-1].samples
+            marks["policy_versions"] = [
+                [{"version": v, "start": a, "end": b} for v, a, b in samples[i].versions]
+                for i in sorted(samples)
+            ]
+            if generations[-1].masked:
+                marks["logprobs_of"] = "what the grammar allowed"
+        comma = b"" if body[1:].lstrip().startswith(b"}") else b", "
+        return json.dumps(marks).encode()[:-1] + comma + body[1:]
+
+    def _record(self, answer: dict[str, Any] | None) -> None:
+        """Whole answers only: a client that goes away has no answer that it could go on from."""
+        call, live = self._call, self._live
+        if live is not None and self._sampled():
+            for generation in call.generations:
+                sample = generation.samples[0]
+                last = generation is call.generations[-1]
+                node = live.session.record(
+                    generation.prompt_ids, sample.ids, sample.logprobs, versions=sample.versions,
+                    finish_reason=sample.finish_reason, messages=call.messages,
+                    answer=answer if last else None, masked=generation.masked,
+                )  # fmt: skip
+                if last and answer is not None:
+                    live.history.add(call.template, call.messages, answer, node)
+        elif self._with_tokens and answer is not None and self._sampled():
+            generation = call.generations[-1]
+            tokens = _digest([*generation.prompt_ids, *generation.samples[0].ids])
+            self._told_before.add(call.template, call.messages, answer, tokens)
+        self.complete = True
+
+
+def _finishes(event: dict[str, Any]) -> bool:
+    return any(choice.get("finish_reason") for choice in event.get("choices", ()))
+
+
+def _digest(ids: list[int]) -> bytes:
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    """The request; empty where it is no JSON object, which vLLM will tell its sender."""
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return {}
+    return request if isinstance(request, dict) else {}
+
+
+def _name(scope, body: bytes) -> bytes:
+    headers = dict(scope["headers"])
+    told = headers.get(b"idempotency-key")
+    return told or hashlib.blake2b(scope["path"].encode() + b"\n" + body, digest_size=16).digest()
+
+
+def _repeated(scope, body: bytes) -> bytes | None:
+    """The name of the call that this one asks for again; None if it is a new one."""
+    headers = dict(scope["headers"])
+    again = headers.get(b"x-stainless-retry-count", b"0") != b"0"
+    return _name(scope, body) if again or b"idempotency-key" in headers else None

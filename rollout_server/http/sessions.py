@@ -1,0 +1,143 @@
+"""Whose request it is: the server's own, or a session's, by its URL or by its key."""
+
+import hmac
+import json
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout_server.errors import ConfigError
+from rollout_server.http import routes
+from rollout_server.http.body import read_body
+from rollout_server.http.errors import send_error, send_json
+from rollout_server.http.history import History
+from rollout_server.trajectories.session import Session
+
+_URL = re.compile(r"/sessions/([^/]+)(/.*)?")
+SESSION = "rollout_session"  # in the ASGI scope: a `Live` or None
+_REMEMBERED = 16  # answers
+REWARD = "/v1/reward"
+
+
+@dataclass
+class Live:
+    """An open session, its conversations, and its last answers for clients that ask again."""
+
+    session: Session
+    history: History = field(default_factory=History)
+    answered: OrderedDict[bytes, Any] = field(default_factory=OrderedDict)
+
+    def remember(self, name: bytes, answer: Any) -> None:
+        self.answered[name] = answer
+        while len(self.answered) > _REMEMBERED:
+            self.answered.popitem(last=False)
+
+
+class Sessions:
+    """Those that are open. Used from any thread."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Live] = {}
+        self._by_key: dict[bytes, Live] = {}
+
+    def add(self, session: Session) -> None:
+        with self._lock:
+            live = Live(session)
+            self._by_id[session.id] = live
+            self._by_key[session.api_key.encode()] = live
+
+    def remove(self, session: Session) -> None:
+        with self._lock:
+            self._by_id.pop(session.id, None)
+            self._by_key.pop(session.api_key.encode(), None)
+
+    def of_url(self, name: str) -> Live | None:
+        return self._by_id.get(name)
+
+    def of_key(self, key: bytes) -> Live | None:
+        # Found by hash: what a wrong key's bytes have in common with a right one's isn't told.
+        return self._by_key.get(key)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+
+class Owner:
+    """401 unless the request has a key, or a URL, that is the server's or an open session's.
+
+    Takes the session's part off the path, and puts the session into the scope.
+    """
+
+    def __init__(self, app, key: str, sessions: Sessions):
+        self._app = app
+        self._key = key.encode()
+        self._sessions = sessions
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given, session = _given(scope["headers"]), None
+        if match := _URL.fullmatch(scope["path"]):
+            session, path = self._sessions.of_url(match[1]), match[2] or "/"
+            other = self._sessions.of_key(given)
+            if session is None or other not in (None, session):
+                await _refuse(send, "this session is unknown, has ended, or isn't that of the key")
+                return
+            scope = {**scope, "path": path, "raw_path": path.encode(), SESSION: session}
+        elif (scope["method"], scope["path"]) not in routes.PUBLIC:
+            session = self._sessions.of_key(given)
+            if session is None and not hmac.compare_digest(given, self._key):
+                await _refuse(
+                    send, "wrong or missing API key, or that of a session that has ended; send the "
+                    "server's api_key, or a session's, as 'Authorization: Bearer <key>'",
+                )  # fmt: skip
+                return
+            scope = {**scope, SESSION: session}
+        await self._app(scope, receive, send)
+
+
+class Rewards:
+    """`POST /v1/reward` with {"reward": number, "components": {name: number}}, for a session."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", REWARD):
+            await self._app(scope, receive, send)
+            return
+        live = scope.get(SESSION)
+        if live is None:
+            message = "a reward is a session's: use its URL or its api_key"
+            await send_error(send, 400, message, "invalid_request_error")
+            return
+        try:
+            given = json.loads(await read_body(receive))
+            if not isinstance(given, dict) or not {"reward", "components"} >= given.keys():
+                raise ConfigError('give {"reward": number, "components": {name: number}}')
+            components = given.get("components") or {}
+            if not isinstance(components, dict):
+                raise ConfigError(f"components={components!r}: give numbers by name")
+            live.session.set_reward(given.get("reward"), components)
+        except ValueError as error:
+            await send_error(send, 400, str(error), "invalid_request_error")
+            return
+        session = live.session
+        await send_json(send, {"reward": session.reward, "components": session.components})
+
+
+async def _refuse(send, message: str) -> None:
+    challenge = {"www-authenticate": "Bearer"}
+    await send_error(send, 401, message, "authentication_error", challenge)
+
+
+def _given(headers) -> bytes:
+    given = dict(headers)
+    scheme, _, token = given.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        token = given.get(b"x-api-key", b"")
+    return token.strip()

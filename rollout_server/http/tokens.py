@@ -1,0 +1,82 @@
+"""Token ids that a client sends along with its messages: those that an earlier answer gave it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rollout_server.http.splice import Known, Message
+
+PROMPT, SAMPLED, LOGPROBS = "prompt_token_ids", "generation_token_ids", "generation_log_probs"
+PREFIX = "required_prefix_token_ids"
+
+
+class BadRequest(ValueError):
+    """400; the message names the field, the value and the remedy."""
+
+
+def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
+    """What a request tells of its latest answer's tokens; None if nothing.
+
+    request: the JSON body; vocabulary: number of token ids there are. Raises `BadRequest`.
+    """
+    messages = request.get("messages")
+    messages = messages if isinstance(messages, list) else []
+    found, last = None, None
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        last = at
+        name = f"messages[{at}]."
+        fields = {field: message.get(field) for field in (PROMPT, SAMPLED, LOGPROBS)}
+        for field in (PROMPT, SAMPLED):
+            _require_ids(name + field, fields[field], vocabulary)
+        _require_logprobs(name, fields)
+        if fields[SAMPLED] is not None and fields[PROMPT]:
+            found = Known(at, fields[PROMPT], fields[SAMPLED])
+    prefix = request.get(PREFIX)
+    _require_ids(PREFIX, prefix, vocabulary)
+    if found is not None or not prefix:
+        return found
+    if last is None:
+        raise BadRequest(f"{PREFIX}: messages hold no answer that it could end with; leave it out")
+    return Known(last, (), prefix)
+
+
+def _require_ids(name: str, value: Any, vocabulary: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list):
+        raise BadRequest(f"{name} is {_shown(value)}; give a list of token ids")
+    for at, i in enumerate(value):
+        if type(i) is not int or not 0 <= i < vocabulary:
+            raise BadRequest(
+                f"{name}[{at}] is {_shown(i)}; give a token id, a whole number from 0 to "
+                f"{vocabulary - 1}"
+            )
+
+
+def _require_logprobs(name: str, fields: dict[str, Any]) -> None:
+    ids, logprobs = fields[SAMPLED], fields[LOGPROBS]
+    if logprobs is None:
+        return
+    if not isinstance(logprobs, list):
+        raise BadRequest(f"{name}{LOGPROBS} is {_shown(logprobs)}; give a list of numbers")
+    for at, x in enumerate(logprobs):
+        if type(x) not in (int, float) or not math.isfinite(x):
+            raise BadRequest(f"{name}{LOGPROBS}[{at}] is {_shown(x)}; give a finite number")
+    if ids is not None and len(ids) != len(logprobs):
+        raise BadRequest(
+            f"{name}{LOGPROBS} has {len(logprobs)} entries, {SAMPLED} {len(ids)}; give one a token"
+        )
+
+
+def with_tokens(message: Message, prompt_ids: Sequence[int], sample: Any) -> Message:
+    """An answer's message with the tokens that it is made of."""
+    return message | {
+        PROMPT: list(prompt_ids), SAMPLED: sample.ids, LOGPROBS: sample.logprobs,
+    }  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

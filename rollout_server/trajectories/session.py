@@ -1,0 +1,144 @@
+"""One rollout of an agent: its calls, as a tree of tokens, and its reward.
+
+A session is named by its URL or by its key, so environment variables alone point an agent at it. It
+is written to on the server's loop, and read from any thread.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rollout_server.errors import ConfigError, StateError
+from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
+from rollout_server.trajectories.tree import Node, TokenTree
+
+
+class Session:
+    """Made by `RolloutServer.session`, ended by `end` or on the way out of a `with`.
+
+    Attributes:
+        base_url: what OpenAI clients take as `base_url`; it needs no key of its own to be the
+            session's.
+        api_key: names the session at the server's own URL too.
+        metadata: what the caller gave, such as the example that the agent works on.
+    """
+
+    def __init__(
+        self, server_url: str, clients: Callable[..., dict[str, Any]], forget: Callable,
+        metadata: Mapping[str, Any],
+    ):  # fmt: skip
+        """server_url: with "/v1"; clients: options of OpenAI clients for a URL and a key; forget:
+        called with this session at its end."""
+        self.id = secrets.token_urlsafe(18)
+        self.api_key = f"rollout-{secrets.token_urlsafe(24)}"
+        root = server_url.removesuffix("/v1")
+        self.base_url = f"{root}/sessions/{self.id}/v1"
+        self.metadata = dict(metadata)
+        self.tree = TokenTree()
+        self._clients = clients
+        self._forget = forget
+        self._lock = threading.Lock()
+        self._reward: float | None = None
+        self._components: dict[str, float] = {}
+        self._ended = False
+
+    # -- for the agent ------------------------------------------------------------------------
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables that point the usual SDKs at this session."""
+        root = self.base_url.removesuffix("/v1")
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OPENAI_API_BASE": self.base_url,
+            "OPENAI_API_KEY": self.api_key,
+            "ANTHROPIC_BASE_URL": root,
+            "ANTHROPIC_API_KEY": self.api_key,
+        }
+
+    def openai(self, **options: Any) -> Any:
+        """A ready `openai.OpenAI` client; options are its own."""
+        import openai
+
+        return openai.OpenAI(**(self._clients(self.base_url, self.api_key) | options))
+
+    def async_openai(self, **options: Any) -> Any:
+        """A ready `openai.AsyncOpenAI` client; options are its own."""
+        import openai
+
+        return openai.AsyncOpenAI(**(self._clients(self.base_url, self.api_key) | options))
+
+    # -- its reward ---------------------------------------------------------------------------
+
+    @property
+    def reward(self) -> float | None:
+        return self._reward
+
+    @reward.setter
+    def reward(self, value: float) -> None:
+        self.set_reward(value)
+
+    @property
+    def components(self) -> dict[str, float]:
+        """Named parts of the reward."""
+        return dict(self._components)
+
+    def set_reward(
+        self, reward: float | None = None, components: Mapping[str, float] | None = None
+    ) -> None:
+        """Give the rollout its reward, or parts of it by name; later values replace earlier ones.
+
+        Raises `ConfigError` for what isn't a finite number.
+        """
+        parts = {f"components[{name!r}]": value for name, value in (components or {}).items()}
+        for name, value in {"reward": reward, **parts}.items():
+            if not (value is None and name == "reward") and not is_number(value):
+                raise ConfigError(f"{name}={value!r}: give a finite number")
+        with self._lock:
+            if reward is not None:
+                self._reward = float(reward)
+            self._components |= {name: float(value) for name, value in (components or {}).items()}
+
+    # -- what came of it ----------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def end(self) -> None:
+        """Take no more calls (they get 401); what was recorded stays. Any number of times."""
+        with self._lock:
+            first, self._ended = not self._ended, True
+        if first:
+            self._forget(self)
+
+    def trajectory(self) -> list[Rollout]:
+        """The rows to train on, one per branch of the conversation; see `export.rows`."""
+        with self._lock:
+            return rows(self.tree, self._reward, self._components, self.metadata)
+
+    def rollout(self, choose: str = "last") -> Rollout | None:
+        """One row for all of it, None where nothing was sampled; see `export.single_row`."""
+        with self._lock:
+            row = self.tree, self._reward, self._components, self.metadata
+            return single_row(*row, choose=choose)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else "open"
+        return f"<Session {self.id[:6]}... {state}, calls={len(self.tree.calls)}>"
+
+    # -- the server's side --------------------------------------------------------------------
+
+    def record(self, *args: Any, **options: Any) -> Node:
+        """Keep a call; arguments are `TokenTree.add`'s."""
+        with self._lock:
+            if self._ended:
+                raise StateError("the session has ended")
+            return self.tree.add(*args, **options)
