@@ -34,6 +34,7 @@ from rollout_server.http.app import layered, serving_app
 from rollout_server.http.calls import tap
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
+from rollout_server.http.native import Generate
 from rollout_server.http.sessions import Sessions
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.offload import OptimizerOffload
@@ -449,11 +450,11 @@ class RolloutServer:
             tool_parser(config, self._policy.chat_template),
             config.reasoning_parser,
         )
-        client = self._engine.client
+        client, version = self._engine.client, lambda: self._lifecycle.version
         tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
         app = layered(
-            app, self._api_key, self._gate, lambda: self._lifecycle.version, self._sessions,
-            client.model_config.get_vocab_size(),
+            Generate(app, client, self._sampling, version), self._api_key, self._gate, version,
+            self._sessions, self._names(), client.model_config.get_vocab_size(),
         )  # fmt: skip
         self._listener = Listener(app, self._sock)
         await self._listener.start()

@@ -5,17 +5,19 @@ from typing import Any
 
 from rollout_server.http.splice import Message
 
+CHAT, ANTHROPIC = "/v1/chat/completions", "/v1/messages"
+
 
 def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | None:
     """The message in a whole answer of the route `path`; None if the route has none.
 
     choice: number of the choice, where a route has several.
     """
-    if path == "/v1/chat/completions":
+    if path == CHAT:
         return answer["choices"][choice]["message"]
     if path == "/v1/responses":
         return _of_response(answer)
-    if path == "/v1/messages":
+    if path == ANTHROPIC:
         return _of_blocks(answer["content"])
     return None
 
@@ -30,14 +32,14 @@ class Stream:
         self._whole: Message | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        if self._path == "/v1/chat/completions":
+        if self._path == CHAT:
             for choice in event.get("choices", ()):
                 if choice.get("index", 0) == 0:
                     self._delta(choice.get("delta") or {})
         elif self._path == "/v1/responses":
             if event.get("type") in ("response.completed", "response.incomplete"):
                 self._whole = _of_response(event["response"])
-        elif self._path == "/v1/messages":
+        elif self._path == ANTHROPIC:
             self._block(event)
 
     def _delta(self, delta: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ class Stream:
 
     @property
     def message(self) -> Message | None:
-        if self._whole is not None or self._path == "/v1/completions":
+        if self._whole is not None or self._path not in (CHAT, ANTHROPIC):
             return self._whole
         return _message("".join(self._content), [self._calls[at] for at in sorted(self._calls)])
 

@@ -37,10 +37,14 @@ async def serving_app(
 
 
 def layered(
-    app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions, vocabulary: int
-) -> Owner:
-    """What uvicorn serves: `app` behind all layers. vocabulary: number of token ids."""
-    calls = Calls(app, version, vocabulary)
+    app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
+    names: list[str], vocabulary: int,
+) -> Owner:  # fmt: skip
+    """What uvicorn serves: `app` behind all layers.
+
+    names: of the model; vocabulary: number of token ids that it has.
+    """
+    calls = Calls(app, version, names, vocabulary)
     return Owner(Rewards(Routes(Hold(calls, gate))), key, sessions)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from rollout_server.http.splice import Message, text_of
 
+_NONE = object()  # no request yet
+
 
 class History:
     """Of one session, or of the last answers of a server; keeps a value for each answer."""
@@ -23,7 +25,7 @@ class History:
         self._answers: dict[bytes, Any] = {}
         self._messages: list[Message] = []  # of the last request, with the hash after each
         self._hashes: list[bytes] = []
-        self._template: Any = None
+        self._template: Any = _NONE
 
     def add(self, template: Any, messages: Sequence[Message], answer: Message, value: Any) -> None:
         """Keep `value` for an answer to `messages`."""

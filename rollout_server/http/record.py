@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rollout_server.http import routes
-from rollout_server.http.answers import Stream, message_of
+from rollout_server.http.answers import CHAT, Stream, message_of
 from rollout_server.http.body import Gone, again, read_body
 from rollout_server.http.calls import Call, current
 from rollout_server.http.errors import send_error
@@ -24,7 +24,6 @@ from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
 
 VERSION_HEADER = b"x-policy-version"
-_CHAT = "/v1/chat/completions"
 _TOLD = 8192  # answers
 _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 
@@ -32,10 +31,11 @@ _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 class Calls:
     """Only for requests that render or sample; others pass."""
 
-    def __init__(self, app, version: Callable[[], int], vocabulary: int):
-        """version: the policy's; vocabulary: number of token ids that there are."""
+    def __init__(self, app, version: Callable[[], int], names: list[str], vocabulary: int):
+        """version: the policy's; names: of the model; vocabulary: number of token ids."""
         self._app = app
         self._version = version
+        self._names = names
         self._vocabulary = vocabulary
         # What was answered outside of sessions: a client that sends tokens back is compared with.
         self._told = History(limit=_TOLD)
@@ -54,6 +54,9 @@ class Calls:
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
+        if live is not None and request.get("model") not in (None, *self._names):
+            # An agent that was pointed here by its environment asks for the model that it knows.
+            body = json.dumps(request | {"model": self._names[0]}).encode()
         name = _repeated(scope, body)
         if live is not None and name is not None and name in live.answered:
             for message in live.answered[name]:
@@ -106,7 +109,7 @@ class _Answer:
         self._path, self._call, self._live, self._told_before = path, call, live, told
         self._send, self._version = send, version
         asked = request.get("logprobs") or request.get("return_token_ids")
-        self._with_tokens = bool(asked) and path == _CHAT
+        self._with_tokens = bool(asked) and path == CHAT
         self._start: dict | None = None
         self._pending = b""
         self._streams = self._passes = self._told = False

@@ -12,6 +12,7 @@ GENERATES = frozenset(
         ("POST", "/v1/completions"),
         ("POST", "/v1/responses"),
         ("POST", "/v1/messages"),
+        ("POST", "/generate"),
     }
 )
 # Answered by the front end alone, whatever the engine does.

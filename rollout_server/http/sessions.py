@@ -19,6 +19,7 @@ _URL = re.compile(r"/sessions/([^/]+)(/.*)?")
 SESSION = "rollout_session"  # in the ASGI scope: a `Live` or None
 _REMEMBERED = 16  # answers
 REWARD = "/v1/reward"
+GEMINI = "/v1beta/openai"  # where clients of Gemini's OpenAI surface look for /v1
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Owner:
             if session is None or other not in (None, session):
                 await _refuse(send, "this session is unknown, has ended, or isn't that of the key")
                 return
-            scope = {**scope, "path": path, "raw_path": path.encode(), SESSION: session}
+            scope = {**scope, SESSION: session}
+            _rewrite(scope, path)
         elif (scope["method"], scope["path"]) not in routes.PUBLIC:
             session = self._sessions.of_key(given)
             if session is None and not hmac.compare_digest(given, self._key):
@@ -97,6 +99,8 @@ class Owner:
                 )  # fmt: skip
                 return
             scope = {**scope, SESSION: session}
+        if scope["path"].startswith(GEMINI):
+            _rewrite(scope, "/v1" + scope["path"].removeprefix(GEMINI))
         await self._app(scope, receive, send)
 
 
@@ -128,6 +132,10 @@ class Rewards:
             return
         session = live.session
         await send_json(send, {"reward": session.reward, "components": session.components})
+
+
+def _rewrite(scope, path: str) -> None:
+    scope["path"], scope["raw_path"] = path, path.encode()
 
 
 async def _refuse(send, message: str) -> None:

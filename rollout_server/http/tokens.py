@@ -29,12 +29,12 @@ def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
         name = f"messages[{at}]."
         fields = {field: message.get(field) for field in (PROMPT, SAMPLED, LOGPROBS)}
         for field in (PROMPT, SAMPLED):
-            _require_ids(name + field, fields[field], vocabulary)
+            require_ids(name + field, fields[field], vocabulary)
         _require_logprobs(name, fields)
         if fields[SAMPLED] is not None and fields[PROMPT]:
             found = Known(at, fields[PROMPT], fields[SAMPLED])
     prefix = request.get(PREFIX)
-    _require_ids(PREFIX, prefix, vocabulary)
+    require_ids(PREFIX, prefix, vocabulary)
     if found is not None or not prefix:
         return found
     if last is None:
@@ -42,7 +42,8 @@ def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
     return Known(last, (), prefix)
 
 
-def _require_ids(name: str, value: Any, vocabulary: int) -> None:
+def require_ids(name: str, value: Any, vocabulary: int) -> None:
+    """`BadRequest` unless `value` is None or a list of token ids."""
     if value is None:
         return
     if not isinstance(value, list):

@@ -1,0 +1,220 @@
+"""Real clients in sessions, and what a sync or a sleep does to their conversations."""
+
+import asyncio
+import itertools
+import json
+import threading
+
+import anthropic
+import httpx
+import huggingface_hub
+import openai
+import pytest
+from test_agents import converse, sampled
+
+
+def goes_on(session):
+    """Whether each later call's prompt begins with the call's before it and what that sampled."""
+    calls = [session.tree.tokens(call) for call in session.tree.calls]
+    assert len(calls) > 1
+    return all(
+        later[: len(prompt) + len(ids)] == prompt + ids
+        for (prompt, ids), (later, _) in itertools.pairwise(calls)
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropic_conversations_are_recorded(server, stream):
+    with server.session() as session:
+        client = anthropic.Anthropic(
+            base_url=session.environment["ANTHROPIC_BASE_URL"], api_key=session.api_key
+        )
+        messages = []
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"Question {turn}?"})
+            asked = dict(model="policy", max_tokens=8, messages=messages, system="Be short.")
+            if stream:
+                with client.messages.stream(**asked) as events:
+                    answer = events.get_final_message()
+            else:
+                answer = client.messages.create(**asked)
+            messages.append({"role": "assistant", "content": answer.content})
+        assert goes_on(session)
+    (row,) = session.trajectory()
+    assert sum(row.env_mask) == sum(len(c.ids) for c in session.tree.calls)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_are_recorded(server, stream):
+    with server.session() as session, session.openai() as client:
+        items = []
+        for turn in range(3):
+            items.append({"role": "user", "content": f"Question {turn}?"})
+            asked = dict(model="policy", input=items, max_output_tokens=8)
+            if stream:
+                with client.responses.stream(**asked) as events:
+                    list(events)
+                    answer = events.get_final_response()
+            else:
+                answer = client.responses.create(**asked)
+            items += [item.model_dump(exclude_none=True) for item in answer.output]
+        assert goes_on(session)
+
+
+def test_hugging_faces_client(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with server.session() as session:
+        client = huggingface_hub.InferenceClient(base_url=session.base_url, api_key=session.api_key)
+        messages = []
+        for turn in range(2):
+            messages.append({"role": "user", "content": f"Question {turn}?"})
+            answer = client.chat_completion(messages, max_tokens=8)  # model="dummy"
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        assert goes_on(session)
+
+
+def test_geminis_openai_surface(server):
+    with server.session() as session:
+        root = session.base_url.removesuffix("/v1")
+        with openai.OpenAI(base_url=f"{root}/v1beta/openai/", api_key=session.api_key) as client:
+            messages = []
+            for turn in range(2):
+                messages.append({"role": "user", "content": f"Question {turn}?"})
+                thinking = {"google": {"thinking_config": {"thinking_budget": 100}}}
+                answer = client.chat.completions.create(
+                    model="gemini-2.5-flash", messages=messages, max_tokens=8,
+                    extra_body={"extra_body": thinking},
+                )  # fmt: skip
+                messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+            assert goes_on(session)
+
+
+def test_sglangs_generate(server):
+    """As slime's rollout functions call it."""
+    fields = {
+        "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 8, "stop": None,
+        "stop_token_ids": None, "skip_special_tokens": False, "no_stop_trim": True,
+        "spaces_between_special_tokens": False, "ignore_eos": True,
+    }  # fmt: skip
+    with server.session() as session:
+        url = session.base_url.removesuffix("/v1") + "/generate"
+        prompt = [21, 22, 23]
+        for _ in range(2):
+            asked = {"sampling_params": fields, "return_logprob": True, "input_ids": prompt}
+            answer = httpx.post(url, json=asked, timeout=60).json()
+            meta = answer["meta_info"]
+            ids = [item[1] for item in meta["output_token_logprobs"]]
+            assert ids == answer["output_ids"] and len(ids) == meta["completion_tokens"] == 8
+            assert all(item[0] <= 0 for item in meta["output_token_logprobs"])
+            assert meta["finish_reason"] == {"type": "length", "length": 8}
+            assert meta["weight_version"] == str(server.policy_version)
+            prompt = prompt + ids + [24]
+        assert goes_on(session)
+        (row,) = session.trajectory()
+        assert row.prompt_ids + row.completion_ids == prompt[:-1] and sum(row.env_mask) == 16
+        several = asked | {"input_ids": [[21], [22]], "sampling_params": [fields, fields]}
+        assert len(httpx.post(url, json=several, timeout=60).json()) == 2
+        with httpx.stream("POST", url, json=asked | {"stream": True}, timeout=60) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+        grown = [json.loads(line[6:])["output_ids"] for line in lines[:-1]]
+        assert len(grown[-1]) == 8 and grown[-1][: len(grown[0])] == grown[0]
+        for bad, named in (
+            ({"input_ids": [10**9]}, "input_ids[0][0]"), ({}, "give one of them"),
+            ({"input_ids": [1], "sampling_params": {"tempratur": 1}}, "tempratur"),
+            ({"input_ids": []}, "is empty"), ({"text": 5}, "text"),
+            ({"input_ids": [1], "unheard_of": 5}, "unheard_of"),
+            ({"input_ids": [1] * 5000}, "maximum context length"),
+        ):  # fmt: skip
+            refused = httpx.post(url, json=bad)
+            assert refused.status_code == 400 and named in refused.json()["error"]["message"]
+
+
+def test_completions_are_recorded(server):
+    with server.session() as session, session.openai() as client:
+        prompt = [21, 22, 23]
+        for _ in range(2):
+            answer = client.completions.create(
+                model="policy", prompt=prompt, max_tokens=6,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )  # fmt: skip
+            prompt = [*prompt, *answer.choices[0].model_dump()["token_ids"], 24]
+        assert goes_on(session)
+
+
+def test_a_stream_over_three_syncs_is_one_answer(server):
+    """Weights didn't change, so neither do greedy tokens; the versions of each are told."""
+    asked = dict(
+        model="policy", messages=[{"role": "user", "content": "Count."}], temperature=0,
+        max_tokens=240, logprobs=True, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    with server.openai() as client:
+        undisturbed = sampled(client.chat.completions.create(**asked))[1]
+    before = server.policy_version
+    with server.session() as session, session.openai() as client:
+        started, syncs = threading.Event(), []
+
+        def disturb():
+            started.wait(20)
+            for _ in range(3):
+                syncs.append(server.sync_weights().version)
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        events = []
+        for event in client.chat.completions.create(**asked, stream=True):
+            events.append(event)
+            if len(events) == 20:
+                started.set()
+        thread.join(30)
+    assert syncs == [before + 1, before + 2, before + 3]
+    last = next(e for e in events if e.choices and e.choices[0].finish_reason)
+    assert last.choices[0].finish_reason == "length"
+    assert last.choices[0].delta.model_dump()["generation_token_ids"] == undisturbed
+    (spans,) = last.model_dump()["policy_versions"]
+    assert spans[0]["version"] == before and spans[-1]["version"] > before
+    assert [s["start"] for s in spans[1:]] == [s["end"] for s in spans[:-1]]
+    assert (spans[0]["start"], spans[-1]["end"]) == (0, 240)
+    (row,) = session.trajectory()
+    assert [tuple(s) for s in row.versions] == [(s["version"], s["start"], s["end"]) for s in spans]
+
+
+async def test_requests_that_are_held_over_a_sleep_are_answered_once(server):
+    """500 of them, in 20 sessions; with a conversation that goes on from before."""
+    sessions = [server.session(number=i) for i in range(20)]
+    clients = [s.async_openai(max_retries=0) for s in sessions]
+
+    async def ask(client, text):
+        answer = await client.chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": text}], max_tokens=2,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return answer.id
+
+    await asyncio.to_thread(server.sleep)
+    asked = [asyncio.ensure_future(ask(clients[i % 20], f"Question {i}")) for i in range(500)]
+    while server._gate.held < 500:
+        await asyncio.sleep(0.05)
+    assert not any(task.done() for task in asked)
+    await asyncio.to_thread(server.wake)
+    answers = await asyncio.wait_for(asyncio.gather(*asked), 120)
+    assert len(set(answers)) == 500
+    assert [len(s.tree.calls) for s in sessions] == [25] * 20
+    for client, session in zip(clients, sessions, strict=True):
+        await client.close()
+        session.end()
+
+
+def test_a_client_that_goes_away_frees_its_generation(server):
+    with server.session() as session, session.openai() as client:
+        stream = client.chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": "Count."}], stream=True,
+            max_tokens=900, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        next(iter(stream))
+        stream.close()
+        # An answer that nobody has isn't part of the conversation.
+        converse(client, 1)
+        assert len(session.tree.calls) == 1
+    processor = server._engine.client.output_processor
+    assert not processor.has_unfinished_requests()
