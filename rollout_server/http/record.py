@@ -220,6 +220,8 @@ class _Answer:
     def _record(self, answer: dict[str, Any] | None) -> None:
         """Whole answers only: a client that goes away has no answer that it could go on from."""
         call, live = self._call, self._live
+        if live is not None and live.session.ended:
+            return  # while it was answered
         if live is not None and self._sampled():
             for generation in call.generations:
                 sample = generation.samples[0]
