@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from rollout_server.agents import Agent, Outcome, run_agents
 from rollout_server.attach import refuse_second, serve
-from rollout_server.completion import prompt_list
+from rollout_server.completion import prompt_list, text_tokenizer
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import NotAvailableError, TrainerError
 from rollout_server.policy import Policy
@@ -230,7 +230,7 @@ class AgentRollouts:
             return row
         # TRL needs a row: this one trains nothing, and has no reward.
         ids = prompt_list([prompt], trainer.processing_class)[0]
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = text_tokenizer(trainer.processing_class)
         return Rollout(ids, [tokenizer.eos_token_id], [0.0], [0])
 
     def _require_one(self, outcomes: list[Outcome]) -> None:

@@ -44,8 +44,13 @@ def prompt_list(prompts: Prompt | Sequence[Prompt], tokenizer: Any) -> list[list
     return [_ids(i, p, tokenizer) for i, p in enumerate(prompts)]
 
 
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of text, which a processor holds."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def _ids(index: int, prompt: Prompt, tokenizer: Any) -> list[int]:
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+    tokenizer = text_tokenizer(tokenizer)
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif len(prompt) and all(isinstance(m, dict) for m in prompt):

@@ -41,7 +41,7 @@ from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
-from rollout_server.starting import start_engine
+from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.trajectories.session import Session
@@ -310,11 +310,10 @@ class RolloutServer:
 
         return openai.AsyncOpenAI(**(self._client_options() | options))
 
-    def _client_options(self, url: str | None = None, key: str | None = None) -> dict[str, Any]:
+    def _client_options(self) -> dict[str, Any]:
         self._box.require_open()
         patience = self._config.hold_timeout + self._config.generate_timeout
-        url, key = url or self.base_url, key or self.api_key
-        return {"base_url": url, "api_key": key, "timeout": patience}
+        return {"base_url": self.base_url, "api_key": self.api_key, "timeout": patience}
 
     def session(self, **metadata: Any) -> Session:
         """A rollout session with a URL, a key and a trajectory of its own.
@@ -326,7 +325,8 @@ class RolloutServer:
             raise NotAvailableError(
                 "this rank's engine is served by its group's first rank; call session() there"
             )
-        session = Session(self.base_url, self._client_options, self._sessions.remove, metadata)
+        clients = self.openai, self.async_openai
+        session = Session(self.base_url, clients, self._sessions.remove, metadata)
         self._sessions.add(session)
         return session
 
@@ -426,10 +426,15 @@ class RolloutServer:
 
     async def _start_engine(self, source: Source, devices: list[str | None]) -> None:
         config = self._config
-        self._engine = await start_engine(
-            self._policy, config, source, self._folder, self._names(), self._sampling,
-            self._group, devices, self._pids,
-        )  # fmt: skip
+        engine = None
+        if self._group.rank == 0:
+            engine = await start_engine(
+                self._policy, config, source, self._folder, self._names(), self._sampling,
+                devices, self._pids,
+            )  # fmt: skip
+        if self._group.size > 1:
+            engine = await join_group(engine, self._policy, config, self._group)
+        self._engine = engine
         self._gate = Gate(config.hold_timeout)
         self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
 

@@ -24,37 +24,15 @@ async def start_engine(
     folder: str,
     names: list[str],
     sampling: dict[str, Any],
-    group: Ranks,
-    devices: list[str | None],
-    pids: list[int],
-) -> Engine | GroupEngine:
-    """Start vLLM for a policy, on the group's first rank; all of them take part in it.
-
-    source: the policy's tensors, of which names and shapes are looked at; folder: of the server;
-    names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
-    `device_name` of each rank's in the group; pids: takes the ids of the engine's processes.
-    """
-    engine = None
-    if group.rank == 0:
-        engine = await _start(policy, config, source, folder, names, sampling, devices, pids)
-    if group.size == 1:
-        return engine
-    device = torch.device("cpu" if policy.gpu is None else f"cuda:{policy.gpu}")
-    return await GroupEngine.join(
-        engine, group, place(device, group.rank), max(config.start_timeout, config.transition_time)
-    )
-
-
-async def _start(
-    policy: Policy,
-    config: RolloutConfig,
-    source: Source,
-    folder: str,
-    names: list[str],
-    sampling: dict[str, Any],
     devices: list[str | None],
     pids: list[int],
 ) -> Engine:
+    """Start vLLM for a policy.
+
+    source: the policy's tensors, of which names and shapes are looked at; folder: of the server;
+    names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
+    `device_name` of each worker's; pids: takes the ids of the engine's processes.
+    """
     from vllm.platforms import current_platform
 
     dtype = policy.dtype if config.dtype == "auto" else config.dtype
@@ -71,3 +49,12 @@ async def _start(
     if source.adapter is not None:
         use_adapter(engine.client, config.served_model_name)
     return engine
+
+
+async def join_group(
+    engine: Engine | None, policy: Policy, config: RolloutConfig, group: Ranks
+) -> GroupEngine:
+    """All ranks of a group at once, the first with the engine that it has started."""
+    device = torch.device("cpu" if policy.gpu is None else f"cuda:{policy.gpu}")
+    timeout = max(config.start_timeout, config.transition_time)
+    return await GroupEngine.join(engine, group, place(device, group.rank), timeout)

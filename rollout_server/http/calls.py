@@ -14,8 +14,7 @@ from typing import Any
 
 from rollout_server.engine import compat
 from rollout_server.http.splice import Known, Message, Splicer
-
-FLOOR = -9999.0  # log-probabilities are finite in JSON
+from rollout_server.trajectories.tree import LOWEST_LOGPROB
 
 current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)
 
@@ -56,7 +55,6 @@ class Call:
     with_logprobs: bool = False
     messages: list[Message] = field(default_factory=list)
     template: Any = None
-    spliced: bool = False
     generations: list[Generation] = field(default_factory=list)
 
     async def sampled(self, outputs: AsyncIterator[Any], params: Any) -> AsyncIterator[Any]:
@@ -65,7 +63,7 @@ class Call:
         self.generations.append(generation)
         whole = params.output_kind.name != "DELTA"
         async for step in outputs:
-            if step.prompt_token_ids is not None:
+            if not generation.prompt_ids and step.prompt_token_ids is not None:
                 generation.prompt_ids = list(step.prompt_token_ids)
             for output in step.outputs:
                 if whole:
@@ -78,7 +76,8 @@ class Call:
         ids = list(output.token_ids)
         if output.logprobs is not None:
             sample.logprobs += [
-                max(at[i].logprob, FLOOR) for i, at in zip(ids, output.logprobs, strict=True)
+                max(at[i].logprob, LOWEST_LOGPROB)
+                for i, at in zip(ids, output.logprobs, strict=True)
             ]
         versions, start = sample.versions, len(sample.ids)
         sample.ids += ids
@@ -155,7 +154,6 @@ def _tap_render(renderer: Any, splicer: Splicer) -> None:
         if goes_on:
             ids = await splicer.splice(call.messages, known, text, call.template)
             if ids is not None:
-                call.spliced = True
                 return conversation, {"prompt_token_ids": ids}
         return await render(_copies(call.messages), params)
 

@@ -78,8 +78,6 @@ class Calls:
                 f"n={request['n']!r}: a session's conversation goes on from one answer; send n=1, "
                 "or several requests"
             )
-        asked = request.get("logprobs") or request.get("return_token_ids")
-        call = Call(self._version, lambda *_: None, with_logprobs=bool(live or asked))
 
         def known(messages, template) -> Known | None:
             if live is not None and (found := live.history.find(template, messages)):
@@ -92,7 +90,7 @@ class Calls:
             call.carried = ours is None or ours != (told.at, tokens)
             return told
 
-        call.known = known
+        call = Call(self._version, known, with_logprobs=live is not None or _asks(request))
         return call
 
 
@@ -108,8 +106,7 @@ class _Answer:
     ):  # fmt: skip
         self._path, self._call, self._live, self._told_before = path, call, live, told
         self._send, self._version = send, version
-        asked = request.get("logprobs") or request.get("return_token_ids")
-        self._with_tokens = bool(asked) and path == CHAT
+        self._with_tokens = _asks(request) and path == CHAT
         self._start: dict | None = None
         self._pending = b""
         self._streams = self._passes = self._told = False
@@ -238,6 +235,11 @@ class _Answer:
             tokens = _digest([*generation.prompt_ids, *generation.samples[0].ids])
             self._told_before.add(call.template, call.messages, answer, tokens)
         self.complete = True
+
+
+def _asks(request: dict[str, Any]) -> bool:
+    """Whether a request asks for what its answer's tokens are."""
+    return bool(request.get("logprobs") or request.get("return_token_ids"))
 
 
 def _finishes(event: dict[str, Any]) -> bool:

@@ -22,6 +22,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server.completion import text_tokenizer
+
 Message = dict[str, Any]
 # Renders messages as text, with or without the start of the next answer; None: can't be rendered.
 Render = Callable[[Sequence[Message], bool], Awaitable[str | None]]
@@ -48,7 +50,7 @@ class Splicer:
 
     def __init__(self, tokenizer: Any, ends: Iterable[int] = ()):
         """ends: ids of the tokens that end an answer, besides the tokenizer's own."""
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+        self._tokenizer = text_tokenizer(tokenizer)
         self._ends = {*ends, self._tokenizer.eos_token_id}
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         special = [i for i, token in added.items() if token.special]

@@ -25,18 +25,18 @@ class Session:
     """
 
     def __init__(
-        self, server_url: str, clients: Callable[..., dict[str, Any]], forget: Callable,
+        self, server_url: str, clients: tuple[Callable, Callable], forget: Callable,
         metadata: Mapping[str, Any],
     ):  # fmt: skip
-        """server_url: with "/v1"; clients: options of OpenAI clients for a URL and a key; forget:
-        called with this session at its end."""
+        """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
+        with this session at its end."""
         self.id = secrets.token_urlsafe(18)
         self.api_key = f"rollout-{secrets.token_urlsafe(24)}"
         root = server_url.removesuffix("/v1")
         self.base_url = f"{root}/sessions/{self.id}/v1"
         self.metadata = dict(metadata)
         self.tree = TokenTree()
-        self._clients = clients
+        self._openai, self._async_openai = clients
         self._forget = forget
         self._lock = threading.Lock()
         self._reward: float | None = None
@@ -59,15 +59,15 @@ class Session:
 
     def openai(self, **options: Any) -> Any:
         """A ready `openai.OpenAI` client; options are its own."""
-        import openai
-
-        return openai.OpenAI(**(self._clients(self.base_url, self.api_key) | options))
+        return self._openai(**(self._own | options))
 
     def async_openai(self, **options: Any) -> Any:
         """A ready `openai.AsyncOpenAI` client; options are its own."""
-        import openai
+        return self._async_openai(**(self._own | options))
 
-        return openai.AsyncOpenAI(**(self._clients(self.base_url, self.api_key) | options))
+    @property
+    def _own(self) -> dict[str, str]:
+        return {"base_url": self.base_url, "api_key": self.api_key}
 
     # -- its reward ---------------------------------------------------------------------------
 
