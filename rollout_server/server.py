@@ -45,6 +45,7 @@ from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.trajectories.session import Session
+from rollout_server.watch import watch
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Source
 
@@ -110,6 +111,7 @@ class RolloutServer:
                 with progress.step("opening the endpoint"):
                     opening = self._start_http()
                     self._loop.call(opening, config.start_timeout, "starting the endpoint")
+            self._look_after_the_engine()
             urls = self._ranks.gather("attach(): urls", self._base_url, config.start_timeout)
             self._base_urls = list(dict.fromkeys(urls))
         except BaseException:
@@ -160,7 +162,7 @@ class RolloutServer:
         and for weights that are the trainer's), `resident` host memory of the engine's processes,
         and with offload_optimizer `optimizer`, the state that is parked in host memory. In a group
         of ranks, the engine's on this rank's device; `resident` is the first one's."""
-        given_back = self.state is State.ASLEEP
+        given_back = self.state in (State.ASLEEP, State.DOWN)
         told = self._engine.description
         parked = {} if self._offload is None else {"optimizer": self._offload.parked_bytes}
         return parked | {
@@ -183,7 +185,7 @@ class RolloutServer:
         that sleeps wakes up.
         """
         self._box.require_open()
-        if self.state is not State.ASLEEP:
+        if self.state not in (State.ASLEEP, State.DOWN):
             return self._sync.push()
         self._make_room()
         try:
@@ -267,7 +269,6 @@ class RolloutServer:
             await self._gate.passage()
         except GateTimeout as late:
             raise StateError(str(late)) from None
-        self._engine.require_alive()
         first, self._request = self._request, self._request + len(prompts)
         tasks = [
             asyncio.ensure_future(self._engine.generate(ids, fields, f"generate-{first + i}"))
@@ -405,10 +406,11 @@ class RolloutServer:
         port = self._sock.getsockname()[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
-    def _sharing(self, source: Source) -> contextlib.AbstractContextManager:
+    def _sharing(self, source: Source | None = None) -> contextlib.AbstractContextManager:
+        """While an engine starts; without `source` for one that takes another's place."""
         if self._shared is None:
             return contextlib.nullcontext()
-        return self._shared.answering(self._folder, source.tensors)
+        return self._shared.answering(self._folder, {} if source is None else source.tensors)
 
     def _rest_while_stepping(self) -> None:
         """With common memory, or an optimizer whose state is parked, a step finds the engine
@@ -436,7 +438,15 @@ class RolloutServer:
             engine = await join_group(engine, self._policy, config, self._group)
         self._engine = engine
         self._gate = Gate(config.hold_timeout)
-        self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate)
+        self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate, self._sharing)
+
+    def _look_after_the_engine(self) -> None:
+        if not self._config.restarts:
+            return
+        self._engine.let_requests_wait()
+        restore = self._sync.restore if self._sync.restorable else None
+        watching = watch(self._config, self._engine, self._lifecycle, self._box, restore)
+        self._loop.submit(watching, "watching the engine")
 
     def _try_out(self) -> None:
         """Sample one token: some models load well and fail at the first forward pass."""
