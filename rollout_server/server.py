@@ -36,6 +36,7 @@ from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
 from rollout_server.http.sessions import Sessions
+from rollout_server.janitor import Janitor
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
@@ -88,6 +89,7 @@ class RolloutServer:
             version = compat.require_vllm()
             sampling_params(self._sampling)
         self._folder = tempfile.mkdtemp(prefix="rollout_server-")
+        self._janitor = Janitor(self._folder)
         self._shared = SharedWeights() if config.colocate == "share" else None
         self._loop = LoopThread()
         atexit.register(self.close)
@@ -355,6 +357,7 @@ class RolloutServer:
         self._loop.stop(patience)
         if self._sock is not None:
             self._sock.close()
+        self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _end(self, patience: float) -> None:

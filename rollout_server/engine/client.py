@@ -24,7 +24,6 @@ _DEATHS = 3
 class Client(AsyncLLM):
     """vLLM's client with a core that can be replaced.
 
-    
     durable: whether requests wait for another core when this one has died, or fail with it.
     """
 
