@@ -186,6 +186,8 @@ class Lifecycle:
             raise
 
     def _lose_or_break(self, doing: str, error: BaseException) -> None:
+        if self._box.state is State.CLOSED:
+            return
         why = f"{doing}: {first_line(error)}"
         lost = isinstance(error, (EngineDeadError, EngineTimeoutError)) or self._engine.dead
         if not (lost and self.restarts.left and self.version >= 0):

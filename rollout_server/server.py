@@ -8,8 +8,7 @@ import html
 import secrets
 import shutil
 import socket
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from rollout_server.completion import Completion, Prompt, prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
-from rollout_server.engine.arguments import device_name, tool_parser
+from rollout_server.engine.arguments import device_name, temporary_folder, tool_parser
 from rollout_server.engine.engine import Engine, kill_trees
 from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.sampling import sampling_params
@@ -27,6 +26,7 @@ from rollout_server.errors import (
     EngineStartError,
     NotAvailableError,
     PromptTooLongError,
+    RolloutServerError,
     StateError,
 )
 from rollout_server.group import GroupEngine
@@ -88,7 +88,7 @@ class RolloutServer:
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
-        self._folder = tempfile.mkdtemp(prefix="rollout_server-")
+        self._folder = temporary_folder()
         self._janitor = Janitor(self._folder)
         self._shared = SharedWeights() if config.colocate == "share" else None
         self._loop = LoopThread()
@@ -186,20 +186,20 @@ class RolloutServer:
         Requests wait meanwhile; running generations are continued with the new weights. A server
         that sleeps wakes up.
         """
-        self._box.require_open()
-        if self.state not in (State.ASLEEP, State.DOWN):
-            return self._sync.push()
-        self._make_room()
-        try:
-            return self._sync.push()
-        finally:
-            if self.state is State.ASLEEP and self._offload is not None:  # it didn't wake
-                self._offload.restore()
+        with self._open():
+            if self.state not in (State.ASLEEP, State.DOWN):
+                return self._sync.push()
+            self._make_room()
+            try:
+                return self._sync.push()
+            finally:
+                if self.state is State.ASLEEP and self._offload is not None:  # it didn't wake
+                    self._offload.restore()
 
     def verify_weights(self) -> None:
         """Compare the engine's weights with the policy's; `WeightSyncError` names differences."""
-        self._box.require_open()
-        self._sync.verify()
+        with self._open():
+            self._sync.verify()
 
     def sleep(self) -> None:
         """Give the engine's weights and KV cache back; requests wait until `wake`.
@@ -211,9 +211,21 @@ class RolloutServer:
             self._box.require_open()
         if self._config.colocate == "resident":
             return
-        self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
+        with self._open():
+            self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
         if self._offload is not None:
             self._offload.restore()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """`StateError` if the server is closed or broken, or is closed meanwhile."""
+        self._box.require_open()
+        try:
+            yield
+        except RolloutServerError as error:
+            if self.state is State.CLOSED:
+                raise StateError("the server was closed meanwhile") from error
+            raise
 
     def _make_room(self) -> None:
         """What the trainer doesn't need now is the engine's."""
@@ -256,11 +268,12 @@ class RolloutServer:
                 f"{self.max_model_len}; shorten it or raise max_model_len"
             )
         fields.setdefault("max_tokens", self.max_model_len - longest)
-        return self._loop.call(
-            self._generate(ids, fields),
-            timeout or self._config.generate_timeout,
-            "generate()",
-        )
+        with self._open():
+            return self._loop.call(
+                self._generate(ids, fields),
+                timeout or self._config.generate_timeout,
+                "generate()",
+            )
 
     async def _generate(
         self, prompts: list[list[int]], fields: Mapping[str, Any]

@@ -1,5 +1,7 @@
 """Killing a trainer, and looking for what it leaves behind."""
 
+import contextlib
+import getpass
 import os
 import signal
 import socket
@@ -25,8 +27,9 @@ class Doomed:
     def __init__(self, model_folder, folder, colocate="sleep"):
         self.mark = uuid.uuid4().hex
         self.folder = Path(folder)
+        self._cache = self.folder / f"torchinductor_{getpass.getuser()}"
         self.output = self.folder.with_suffix(".out")
-        self._before = set(os.listdir("/dev/shm"))
+        self._shared = set()
         env = os.environ | {"TMPDIR": str(folder), _MARK: self.mark}
         with open(self.output, "w") as out, open(self.folder.with_suffix(".err"), "w") as err:
             self.process = subprocess.Popen(
@@ -43,6 +46,9 @@ class Doomed:
 
     def kill(self, how=signal.SIGKILL):
         """What is left five seconds later, as text; empty if nothing is. And how long it took."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                self._shared |= {m.path for m in process.memory_maps() if "/dev/shm/" in m.path}
         started = time.monotonic()
         self.process.send_signal(how)
         self.process.wait(30)
@@ -52,8 +58,10 @@ class Doomed:
 
     def left(self):
         found = [f"process {p.pid}: {' '.join(p.cmdline())[:200]}" for p in self._processes()]
-        found += [f"file {path}" for path in self.folder.rglob("*")]
-        found += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - self._before]
+        # torch's cache of what it compiled is meant to stay.
+        files = [p for p in self.folder.rglob("*") if not p.is_relative_to(self._cache)]
+        found += [f"file {path}" for path in files]
+        found += [path for path in self._shared if os.path.exists(path)]
         for line in self.output.read_text().splitlines():
             if line.startswith("attached "):
                 at = urlsplit(line.split()[1])

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import httpx
 import openai
@@ -169,6 +170,25 @@ def test_when_the_restarts_are_used_up_all_are_told(mortal):
     for call in (mortal.sync_weights, mortal.sleep, lambda: mortal.generate(PROMPT)):
         with pytest.raises(StateError, match="broken"):
             call()
+
+
+def test_closed_in_the_middle_of_a_sync(tiny, tokenizer):
+    server = attach(tiny, tokenizer, kv_cache_memory_bytes=64 * MIB, max_restarts=0, progress=False)
+    with ThreadPoolExecutor(3) as pool:
+        kill(server, signal.SIGSTOP)
+        sync = pool.submit(server.sync_weights)
+        wait_for(server, "closing_gate", "syncing")
+        held = pool.submit(ask, server)
+        time.sleep(0.5)
+        started = time.monotonic()
+        server.close()
+        assert time.monotonic() - started < 20
+        with pytest.raises(StateError, match="closed"):
+            sync.result(5)
+        with pytest.raises(httpx.TransportError) if held.exception(5) else nullcontext():
+            assert held.result().status_code == 503
+    server.close()
+    assert server.state == "closed"
 
 
 def test_the_restarts_of_the_last_hour_count():

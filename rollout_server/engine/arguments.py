@@ -1,7 +1,10 @@
 """What vLLM's engine is started with."""
 
+import contextlib
+import getpass
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +75,20 @@ def engine_arguments(
     return chosen | dict(config.engine_args)
 
 
+def temporary_folder() -> str:
+    """A new folder whose path is short enough for the sockets in it."""
+    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        with contextlib.suppress(OSError):
+            folder = tempfile.mkdtemp(prefix="rollout_server-", dir=parent)
+            if len(folder) <= _SOCKET_FOLDER:
+                return folder
+            os.rmdir(folder)
+    raise ConfigError(
+        f"no folder for temporary files: {tempfile.gettempdir()} can't be written to, or its path "
+        "is too long for sockets; set TMPDIR to a short one"
+    )
+
+
 def device_name(device: int | None) -> str | None:
     """How CUDA_VISIBLE_DEVICES calls the GPU that torch counts as `device` in this process."""
     if device is None:
@@ -90,9 +107,11 @@ def engine_variables(on_cpu: bool, devices: Sequence[str | None], folder: str) -
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if len(folder) <= _SOCKET_FOLDER:
-        # vLLM leaves sockets and files behind; this folder is removed with all of them.
-        variables["VLLM_RPC_BASE_PATH"] = variables["TMPDIR"] = folder
+    # vLLM leaves sockets and files behind; this folder is removed with all of them. But what torch
+    # compiles is kept for the next engine.
+    variables["VLLM_RPC_BASE_PATH"] = variables["TMPDIR"] = folder
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    variables["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled)
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         # vLLM's sleep doesn't work with expandable segments; the trainer may have them.
         settings = os.environ.get(name, "").split(",")

@@ -1,6 +1,7 @@
-"""`kill -9` of the trainer at random moments, from its first import to the middle of a sync."""
+"""The trainer killed, by SIGKILL and SIGTERM, at random moments from its first import on."""
 
 import random
+import signal
 import time
 
 import pytest
@@ -25,7 +26,7 @@ def test_twenty_random_moments(tiny_folder, tmp_path):
             attaching = time.monotonic() - started
         time.sleep(chance.uniform(0, attaching * (0.2 if number == 0 else 1.3)))
         doing = (trainer.output.read_text().splitlines() or ["starting"])[-1]
-        left, took = trainer.kill()
+        left, took = trainer.kill(signal.SIGTERM if number % 5 == 4 else signal.SIGKILL)
         assert not left, f"killed while {doing}:\n{left}"
         seconds.append(took)
         print(f"  {number + 1}: {doing.split(' http')[0]}; nothing left after {took:.2f} s")
