@@ -45,10 +45,13 @@ def test_a_bad_option_is_named_with_its_value_and_the_remedy(options, parts):
 
 
 def test_what_is_not_there_yet_says_so():
-    with pytest.raises(NotAvailableError, match="max_restarts"):
-        RolloutConfig(max_restarts=2)
     with pytest.raises(NotAvailableError, match=r"engine_args\['data_parallel_size'\]=2"):
         RolloutConfig(engine_args={"data_parallel_size": 2})
+
+
+def test_an_engine_of_several_ranks_is_not_restarted():
+    assert RolloutConfig(max_restarts=2).restarts == 2
+    assert RolloutConfig(max_restarts=2, engine_args={"tensor_parallel_size": 2}).restarts == 0
 
 
 def test_tensor_parallel_needs_the_ranks_for_it():
