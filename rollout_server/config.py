@@ -11,6 +11,7 @@ from rollout_server.errors import ConfigError, NotAvailableError
 
 COLOCATE = ("sleep", "share", "resident")
 IN_FLIGHT = ("interrupt", "drain")
+ON_SYNC = ("continue", "restart", "finish")
 SYNC_PATHS = ("auto", "plan", "layerwise", "load_weights")
 PEFT = ("merge", "adapter")
 CHECK_FINITE = ("verified", "always", "never")
@@ -53,8 +54,8 @@ class RolloutConfig:
         offload_optimizer: keep the optimizer's state in (pinned) host memory while the engine is
             awake. With attach(model, tokenizer) give `optimizer` too.
         in_flight: what becomes of running generations when weights move or the engine sleeps:
-            "interrupt" freezes and later continues them from their own tokens, "drain" lets
-            them finish first.
+            "interrupt" freezes and later continues them from their own tokens, unless their
+            request says otherwise (`on_sync`), "drain" lets them finish first.
         hold_timeout: how long a request waits for the engine before it gets 503.
         sync_path: "plan" copies weights straight to where the engine uses them, "layerwise" is
             vLLM's layerwise reload, "load_weights" vLLM's loader. "auto": "plan" for every model
@@ -78,7 +79,8 @@ class RolloutConfig:
         start_timeout: start of the engine, its first weights included.
         sync_timeout: one sync of weights.
         sleep_timeout, wake_timeout: falling asleep (without draining), waking (without sync).
-        drain_timeout: running generations that may finish first, with in_flight="drain".
+        drain_timeout: running generations that may finish first, with in_flight="drain" or
+            those whose request has on_sync="finish".
         generate_timeout: one call of `generate`.
         close_timeout: ending the HTTP server and the engine before they are killed.
 
@@ -182,9 +184,7 @@ class RolloutConfig:
     def transition_time(self) -> float:
         """Seconds for one transition and one that it may have to wait for, each with its steps."""
         steps = self.sync_timeout + 2 * self.wake_timeout + 2 * self.sleep_timeout
-        if self.in_flight == "drain":
-            steps += self.drain_timeout
-        return 2 * steps
+        return 2 * (steps + self.drain_timeout)
 
     @property
     def tensor_parallel(self) -> int:

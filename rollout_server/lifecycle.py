@@ -8,7 +8,7 @@ Order of a step, each line the cure of a known failure:
 4. (the trainer trains)
 5. wake the weights, write the trainer's, compare; only then the KV cache: an engine that is
    half awake must not run a forward pass;
-6. raise the policy version, open the gate.
+6. raise the policy version, resume, open the gate.
 
 One transition at a time. A step isn't cancelled by its caller going away; what fails after the gate
 was closed and can't be undone marks the server broken and tells every held request.
@@ -29,6 +29,7 @@ from rollout_server.errors import (
     StateError,
     first_line,
 )
+from rollout_server.group import of_first
 from rollout_server.http.gate import Gate
 from rollout_server.state import State, StateBox
 
@@ -91,17 +92,26 @@ class Lifecycle:
         """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
         self._box.move(State.CLOSING_GATE)
         self._gate.close()
-        if self._config.in_flight == "drain":
-            try:
-                async with _deadline(self._config.drain_timeout, "letting running requests finish"):
+        doing = "letting running requests finish"
+        try:
+            async with _deadline(self._config.drain_timeout, doing):
+                if self._config.in_flight == "drain":
                     await self._engine.drain()
-            except (DeadlineError, RankError):
-                self._box.move(State.AWAKE)
-                self._gate.open()
-                raise
+                else:
+                    await of_first(self._engine, doing, self._finish)
+        except (DeadlineError, RankError):
+            self._box.move(State.AWAKE)
+            self._gate.open()
+            raise
         with self._breaking("bringing running requests to rest"):
             async with _deadline(self._config.sleep_timeout, "bringing running requests to rest"):
                 await self._engine.pause()
+
+    async def _finish(self) -> None:
+        """Return when no request runs that asked to finish first."""
+        while self._gate.to_finish:
+            self._engine.require_alive()
+            await asyncio.sleep(0.01)
 
     @contextlib.contextmanager
     def _breaking(self, doing: str) -> Iterator[None]:
@@ -176,8 +186,9 @@ class SyncTransition:
                 async with _deadline(self._config.wake_timeout, "telling the engine its version"):
                     # Before scheduling resumes, so that each token is counted to its version.
                     await self._engine.set_weight_version(life.version + 1)
-                await self._resume()
                 life.version += 1
+                life._gate.renew()
+                await self._resume()
                 life._box.move(State.AWAKE)
             life._gate.open()
             return life.version
