@@ -121,13 +121,13 @@ def test_a_sessions_rows_have_them(server, shared_model):
 
 @pytest.mark.parametrize("fills", [False, True], ids=["another temperature", "a full context"])
 def test_a_row_that_lacks_some_says_so(server, fills):
+    longer = {"messages": [{"role": "user", "content": "word " * 960}], "max_tokens": None}
+    asked = longer if fills else {"temperature": 0.5}
     with server.session(unmasked_logprobs=True) as session, session.openai() as client:
-        asked = {"max_tokens": server.max_model_len} if fills else {"temperature": 0.5}
-        if fills:
-            asked |= {"messages": [{"role": "user", "content": "word " * 960}], "max_tokens": None}
         extra = {"ignore_eos": True, "top_k": 5}
         answer = client.chat.completions.create(**ASKED | asked, logprobs=True, extra_body=extra)
     message = answer.choices[0].message.model_dump()
+    assert (answer.usage.total_tokens == server.max_model_len) == fills
     assert message["generation_log_probs"] and "generation_log_probs_unmasked" not in message
     assert session.trajectory()[0].unmasked_logprobs is None
 
