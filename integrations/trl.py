@@ -7,8 +7,10 @@ calls a collective: ranks may generate unequally often.
 
 import functools
 import inspect
+import itertools
 import time
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,6 +64,9 @@ def session_reward(reward: list[float | None], **_: Any) -> list[float | None]:
     return reward
 
 
+Runs = Sequence[tuple[int, int | None]]  # (start, end), or to the end
+
+
 class EngineGeneration:
     """Stands in for TRL's `VLLMGeneration`."""
 
@@ -70,6 +75,9 @@ class EngineGeneration:
         self._server = server
         self._fields = _generation_fields(trainer)
         self.sampled: list[list[float]] = []
+        # Of each row, runs of tokens that were sampled under a grammar (`Rollout.masked`).
+        grammar = self._fields.get("structured_outputs") is not None
+        self.masked: Iterable[Runs] = itertools.repeat([(0, None)] if grammar else [])
 
     def sync_weights(self) -> None:
         """Give the engine the policy's weights; wakes it."""
@@ -121,10 +129,12 @@ class EngineGeneration:
                 self.log("seconds_sleep", time.perf_counter() - started)
 
     def log_difference(self, batch: dict[str, Any]) -> None:
-        """Log how far the engine's log-probabilities are from the trainer's, per token."""
-        difference = logp_difference(batch, self.sampled)
-        if difference is not None:
-            self.log("logp_difference", difference)
+        """Log how far the engine's log-probabilities are from the trainer's, per token; apart from
+        the others, tokens sampled under a grammar, of which the trainer knows nothing."""
+        for name, of_masked in (("logp_difference", False), ("logp_difference_masked", True)):
+            difference = logp_difference(batch, self.sampled, self.masked, of_masked)
+            if difference is not None:
+                self.log(name, difference)
 
     def log(self, name: str, value: float) -> None:
         """Put a number into the trainer's log, as `rollout/name`."""
@@ -132,12 +142,19 @@ class EngineGeneration:
         self._trainer._metrics[mode][f"rollout/{name}"].append(value)
 
 
-def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float | None:
+def logp_difference(
+    batch: dict[str, Any],
+    sampled: list[list[float]],
+    masked: Iterable[Runs] = (),
+    of_masked: bool = False,
+) -> float | None:
     """Mean absolute difference, per token, of the trainer's log-probabilities from the sampled.
 
     batch: what a trainer scored; GRPO has log-probabilities of shape (B, T), RLOO sums of
     shape (B,), from which the difference of a sequence is spread over its tokens.
-    sampled: log-probabilities of one generation, B lists. None if the two don't fit together.
+    sampled: log-probabilities of one generation, B lists; masked: of each sequence, the runs
+    sampled under a grammar; of_masked: whether to count the tokens of these, or the others.
+    None if there are none to count, or batch and sampled don't fit together.
     """
     mask = batch.get("completion_mask")
     if mask is None:
@@ -145,17 +162,23 @@ def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float 
     mask = mask.detach().cpu().bool()
     if "tool_mask" in batch and batch["tool_mask"] is not None:
         mask &= batch["tool_mask"].detach().cpu().bool()
+    under_grammar = torch.zeros_like(mask)
+    for row, runs in zip(under_grammar, masked, strict=False):
+        for start, end in runs:
+            row[start:end] = True
+    counted = mask & (under_grammar if of_masked else ~under_grammar)
     trained, by_trl = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
     if trained is not None and by_trl is not None:
         gap = (trained - by_trl).detach().float().cpu().abs()
-        gap = gap[mask & ~gap.isnan()]
+        gap = gap[counted & ~gap.isnan()]
         return gap.mean().item() if gap.numel() else None
     sums = batch.get("old_logps")
     if sums is None or mask.sum(1).tolist() != [len(s) for s in sampled]:
         return None
     sampled_sums = torch.tensor([sum(s) for s in sampled])
     gap = (sums.detach().float().cpu() - sampled_sums).abs() / mask.sum(1).clamp(min=1)
-    return gap.mean().item()
+    gap = gap[(under_grammar & mask).any(1) == of_masked]
+    return gap.mean().item() if gap.numel() else None
 
 
 class _WakeAtTheEnd(TrainerCallback):
@@ -205,7 +228,7 @@ class AgentRollouts:
         def done(outcome: Outcome) -> None:
             nonlocal turns, tokens
             turns += outcome.turns
-            tokens += sum(len(node.ids) for node in outcome.session.tree.calls)
+            tokens += outcome.session.tree.sampled
             seconds = time.perf_counter() - started
             bar.set_postfix({"turns": turns, "tokens/s": f"{tokens / seconds:.0f}"})
             bar.update()
@@ -222,6 +245,7 @@ class AgentRollouts:
         log("failed", sum(o.error is not None for o in outcomes) / len(outcomes))
         log("policy_version", self._server.policy_version)
         rows = [self._row(o, p, trainer) for o, p in zip(outcomes, prompts, strict=True)]
+        self._generation.masked = [row.masked for row in rows]
         return trl_rows(rows)
 
     def _row(self, outcome: Outcome, prompt: Any, trainer: Any) -> Rollout:

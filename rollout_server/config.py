@@ -11,6 +11,7 @@ from rollout_server.errors import ConfigError, NotAvailableError
 
 COLOCATE = ("sleep", "share", "resident")
 IN_FLIGHT = ("interrupt", "drain")
+ON_SYNC = ("continue", "restart", "finish")
 SYNC_PATHS = ("auto", "plan", "layerwise", "load_weights")
 PEFT = ("merge", "adapter")
 CHECK_FINITE = ("verified", "always", "never")
@@ -54,8 +55,8 @@ class RolloutConfig:
         offload_optimizer: keep the optimizer's state in (pinned) host memory while the engine is
             awake. With attach(model, tokenizer) give `optimizer` too.
         in_flight: what becomes of running generations when weights move or the engine sleeps:
-            "interrupt" freezes and later continues them from their own tokens, "drain" lets
-            them finish first.
+            "interrupt" freezes and later continues them from their own tokens, unless their
+            request says otherwise (`on_sync`), "drain" lets them finish first.
         hold_timeout: how long a request waits for the engine before it gets 503.
         sync_path: "plan" copies weights straight to where the engine uses them, "layerwise" is
             vLLM's layerwise reload, "load_weights" vLLM's loader. "auto": "plan" for every model
@@ -82,7 +83,8 @@ class RolloutConfig:
         liveness_timeout: an engine that is awake and answers nothing for so long counts as dead.
         sync_timeout: one sync of weights.
         sleep_timeout, wake_timeout: falling asleep (without draining), waking (without sync).
-        drain_timeout: running generations that may finish first, with in_flight="drain".
+        drain_timeout: running generations that may finish first, with in_flight="drain" or
+            those whose request has on_sync="finish".
         generate_timeout: one call of `generate`.
         close_timeout: ending the HTTP server and the engine before they are killed.
 
@@ -187,9 +189,7 @@ class RolloutConfig:
         """Seconds for one transition and one that it may have to wait for, each with its steps, and
         the engine's restarts on the way."""
         steps = self.sync_timeout + 2 * self.wake_timeout + 2 * self.sleep_timeout
-        steps += self.restarts * (self.start_timeout + LONGEST_BACKOFF)
-        if self.in_flight == "drain":
-            steps += self.drain_timeout
+        steps += self.drain_timeout + self.restarts * (self.start_timeout + LONGEST_BACKOFF)
         return 2 * steps
 
     @property

@@ -53,6 +53,9 @@ class GroupEngine:
         self._address, self._place = told["relay"], place
         return self
 
+    async def of_first(self, what: str, work: Callable[[], Coroutine]) -> Any:
+        return await self._do(what, lambda engine: work())
+
     @property
     def client(self) -> Any:
         """vLLM's, on the first rank."""
@@ -171,3 +174,8 @@ class GroupEngine:
         if self._engine is not None:
             self._relay.close()
             self._engine.close(timeout)
+
+
+async def of_first(engine: Engine | GroupEngine, what: str, work: Callable[[], Coroutine]) -> Any:
+    """`work` of the rank that serves, for which the others of its group wait."""
+    return await (engine.of_first(what, work) if isinstance(engine, GroupEngine) else work())

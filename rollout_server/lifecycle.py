@@ -8,7 +8,7 @@ Order of a step, each line the cure of a known failure:
 4. (the trainer trains)
 5. wake the weights, write the trainer's, compare; only then the KV cache: an engine that is
    half awake must not run a forward pass;
-6. raise the policy version, open the gate.
+6. raise the policy version, resume, open the gate.
 
 One transition at a time. A step isn't cancelled by its caller going away. An engine that dies, or
 that doesn't do what it is asked in time and is ended for it, is started anew on the way to "awake",
@@ -35,6 +35,7 @@ from rollout_server.errors import (
     StateError,
     first_line,
 )
+from rollout_server.group import of_first
 from rollout_server.http.gate import Gate
 from rollout_server.restarts import Restarts
 from rollout_server.state import State, StateBox
@@ -151,28 +152,34 @@ class Lifecycle:
         self._box.move(State.CLOSING_GATE)
         self._gate.close()
         with self._breaking("bringing running requests to rest"):
-            if self._config.in_flight == "drain":
-                await self._drain()
+            await self._let_finish()
             what = "bringing running requests to rest"
             async with self._deadline(self._config.sleep_timeout, what):
                 await self._engine.pause()
 
-    async def _drain(self) -> None:
-        limit = self._config.drain_timeout
+    async def _let_finish(self) -> None:
+        """Return when no request runs that is to finish first; awake again if it takes too long."""
+        limit, doing = self._config.drain_timeout, "letting running requests finish"
         try:
             async with asyncio.timeout(limit):
-                await self._engine.drain()
-        except TimeoutError:
+                if self._config.in_flight == "drain":
+                    await self._engine.drain()
+                else:
+                    await of_first(self._engine, doing, self._finish)
+        except (TimeoutError, RankError) as error:
             self._box.move(State.AWAKE)
             self._gate.open()
+            if isinstance(error, RankError):
+                raise
             raise DeadlineError(
-                f"letting running requests finish: not done after drain_timeout={limit:g} s; the "
-                "server is awake as before"
+                f"{doing}: not done after drain_timeout={limit:g} s; the server is awake as before"
             ) from None
-        except RankError:
-            self._box.move(State.AWAKE)
-            self._gate.open()
-            raise
+
+    async def _finish(self) -> None:
+        """Of those that asked for it."""
+        while self._gate.to_finish:
+            self._engine.require_alive()
+            await asyncio.sleep(0.01)
 
     @contextlib.contextmanager
     def _breaking(self, doing: str) -> Iterator[None]:
@@ -304,19 +311,24 @@ class SyncTransition:
         return await _to_its_end(self._commit, same)
 
     async def _commit(self, same: bool) -> int:
-        life = self._life
-        version = life.version + (not same)
+        life, before = self._life, self._life.version
+        version = before + (not same)
         try:
             with life._breaking("resuming with new weights"):
                 wake = self._config.wake_timeout
                 async with self._deadline(wake, "telling the engine its version"):
                     # Before scheduling resumes, so that each token is counted to its version.
                     await self._engine.set_weight_version(version)
-                await self._resume()
                 life.version = version
+                if not same:
+                    life._gate.renew()
+                await self._resume()
                 life._box.move(State.AWAKE)
             life._gate.open()
             return version
+        except BaseException:
+            life.version = before
+            raise
         finally:
             self._end()
 

@@ -331,10 +331,13 @@ class RolloutServer:
         patience = self._config.hold_timeout + self._config.generate_timeout
         return {"base_url": self.base_url, "api_key": self.api_key, "timeout": patience}
 
-    def session(self, **metadata: Any) -> Session:
+    def session(
+        self, *, on_sync: str = "continue", unmasked_logprobs: bool = False, **metadata: Any
+    ) -> Session:
         """A rollout session with a URL, a key and a trajectory of its own.
 
-        metadata: kept on the session, such as the example that the agent works on.
+        on_sync, unmasked_logprobs: for its requests that don't say (`Session`); metadata: kept on
+        the session, such as the example that the agent works on.
         """
         self._box.require_open()
         if self._sock is None:
@@ -343,6 +346,7 @@ class RolloutServer:
             )
         clients = self.openai, self.async_openai
         session = Session(self.base_url, clients, self._sessions.remove, metadata)
+        session.on_sync, session.unmasked_logprobs = on_sync, unmasked_logprobs
         self._sessions.add(session)
         return session
 
@@ -485,7 +489,7 @@ class RolloutServer:
         tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
         app = layered(
             Generate(app, client, self._sampling, version), self._api_key, self._gate, version,
-            self._sessions, self._names(), client.model_config.get_vocab_size(),
+            self._sessions, self._names(), client.model_config.get_vocab_size(), self._sampling,
         )  # fmt: skip
         self._listener = Listener(app, self._sock)
         await self._listener.start()

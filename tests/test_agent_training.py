@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from rollout_server.integrations.trl import session_reward
-from support import MIB
+from support import MIB, trl_settings
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -19,14 +19,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def trainer(tiny_folder, tokenizer, tmp_path):
-    settings = GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-        logging_steps=1, max_steps=2, learning_rate=1e-3, num_generations=4,
-        per_device_train_batch_size=8, max_completion_length=8, disable_tqdm=True,
-    )  # fmt: skip
+    settings = trl_settings(tmp_path, max_steps=2, per_device_train_batch_size=8)
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
-        args=settings,
+        args=GRPOConfig(**settings),
         train_dataset=Dataset.from_list([{"prompt": f"Say {i}", "number": i} for i in range(8)]),
         reward_funcs=session_reward,
         processing_class=tokenizer,
@@ -116,16 +112,21 @@ def test_an_agent_that_never_works_is_told_at_once(trainer):
         # One without mistakes takes its place.
 
         async def other(session, example):
+            asked = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}]}
             async with session.async_openai() as client:
-                await client.chat.completions.create(
-                    model="policy", messages=[{"role": "user", "content": example["prompt"]}]
-                )
+                answer = await client.chat.completions.create(**asked)
+                said = {"role": "assistant", "content": answer.choices[0].message.content}
+                asked["messages"] += [said, {"role": "user", "content": example["prompt"]}]
+                grammar = {"structured_outputs": {"regex": "[0-9]{9}"}}
+                await client.chat.completions.create(**asked, extra_body=grammar)
             return 1.0
 
         trainer.rollout_func._agent = other
         trainer.train()
     log = next(log for log in trainer.state.log_history if "rollout/turns" in log)
-    assert log["rollout/turns"] == 1 and log["reward"] == 1.0
+    assert log["rollout/turns"] == 2 and log["reward"] == 1.0
+    # The trainer computes what the model gives without the grammar.
+    assert log["rollout/logp_difference"] < 1e-3 and log["rollout/logp_difference_masked"] > 1
 
 
 def test_what_is_no_agent_is_refused(trainer):

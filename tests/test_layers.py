@@ -34,7 +34,7 @@ def client(app, gate=None, version=lambda: 7, key=KEY):
     if gate is None:
         gate = Gate(hold_timeout=5)
         gate.open()
-    served = layered(app, KEY, gate, version, Sessions(), ["policy"], 100)
+    served = layered(app, KEY, gate, version, Sessions(), ["policy"], 100, {})
     transport = httpx.ASGITransport(app=served)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)

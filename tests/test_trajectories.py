@@ -54,7 +54,8 @@ def test_a_conversation_is_stored_once():
 def test_a_split_of_sampled_tokens():
     tree = TokenTree()
     versions = [(4, 0, 1), (5, 1, 3), (6, 3, 4)]
-    one = call(tree, [1, 2], [3, 4, 5, 6], versions=versions, masked=True)
+    own = [-9.0, -8.0, -7.0, -INF]
+    one = call(tree, [1, 2], [3, 4, 5, 6], versions=versions, masked=True, unmasked=own)
     two = call(tree, [1, 2, 3, 4, 9], [7])
     head, tail = one.parent, one
     assert (head.ids, head.logprobs, head.versions) == (
@@ -63,6 +64,7 @@ def test_a_split_of_sampled_tokens():
     assert (tail.ids, tail.logprobs, tail.versions) == (
         [5, 6], [-3.0, -4.0], [Span(5, 0, 1), Span(6, 1, 2)],
     )  # fmt: skip
+    assert (head.unmasked, tail.unmasked) == ([-9.0, -8.0], [-7.0, LOWEST_LOGPROB])
     assert head.sampled and head.call == tail.call == 0 and head.masked and tail.masked
     assert (head.finish_reason, tail.finish_reason) == (None, "stop")
     assert two.continues is None and head.children == [tail, two.parent]
@@ -70,7 +72,25 @@ def test_a_split_of_sampled_tokens():
     # The rest of it is still an answer to go on from; its beginning isn't.
     assert call(tree, [1, 2, 3, 4, 5, 6], [7]).continues == 0
     assert call(tree, [1, 2, 3, 4], [5]).continues is None
-    assert tree.size == 10
+    assert tree.size == 10 and tree.sampled == 7
+    # Where some of it isn't known, a row has none.
+    assert [row.unmasked_logprobs for row in rows(tree)] == [None] * 3
+
+
+def test_unmasked_logprobs_are_a_rows():
+    tree = TokenTree()
+    call(tree, [1], [2, 3], unmasked=[-5.0, -6.0])
+    call(tree, [1, 2, 3, 4], [5], unmasked=[-7.0])
+    (row,) = rows(tree)
+    assert row.unmasked_logprobs == [-5.0, -6.0, 0.0, -7.0]
+    assert from_json_line(next(json_lines([row]))) == row
+    for bad in ([-5.0], [-5.0, NAN]):
+        with pytest.raises(ValueError, match="unmasked"):
+            call(tree, [1], [2, 3], unmasked=bad)
+    with pytest.raises(ConfigError, match=r"unmasked_logprobs\[0\] is nan"):
+        Rollout([1], [2], [-1.0], [1], unmasked_logprobs=[NAN])
+    with pytest.raises(ConfigError, match="unmasked_logprobs has 2 values"):
+        Rollout([1], [2], [-1.0], [1], unmasked_logprobs=[-1.0, -1.0])
 
 
 def test_a_split_of_given_tokens():
@@ -284,7 +304,7 @@ def check_conversation(tree, calls):
     assert stored == len(nodes) <= 3 * len(calls) + 1
     assert len(tree.calls) == len(calls)
     sampled = sum(len(ids) for _, ids, *_ in calls)
-    assert sum(len(n.ids) for n in nodes if n.sampled) == sampled
+    assert sum(len(n.ids) for n in nodes if n.sampled) == sampled == tree.sampled
     shared = 0
     for number, (prompt, ids, logprobs, by, said) in enumerate(calls):
         node = tree.calls[number]

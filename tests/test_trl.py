@@ -1,11 +1,13 @@
 """TRL's trainers with an attached server."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from rollout_server.integrations.trl import logp_difference, recognises
-from support import MIB
+from support import MIB, trl_settings
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
@@ -24,11 +26,7 @@ def reward_length(completions, **_):
 def make_trainer(tiny_folder, tokenizer, tmp_path):
     def make(trainer=GRPOTrainer, config=GRPOConfig, evaluate=False, peft=None, **options):
         data = Dataset.from_list([{"prompt": f"Say {i} times {i}"} for i in range(32)])
-        settings = dict(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-            logging_steps=1, max_steps=3, learning_rate=1e-3, num_generations=4,
-            per_device_train_batch_size=4, max_completion_length=8, disable_tqdm=True,
-        )  # fmt: skip
+        settings = trl_settings(tmp_path, max_steps=3, per_device_train_batch_size=4)
         return trainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
             args=config(**settings | options),
@@ -141,6 +139,16 @@ def test_rollouts_are_those_the_engine_sampled(make_trainer):
             assert [len(p) for p in probabilities] == [1] * len(ids)
             text = trainer.processing_class.decode(ids)
             assert set(text) <= {"a", "b"}, text
+        # Of tokens sampled under a grammar the trainer knows nothing: they are logged apart.
+        batch = {"completion_mask": torch.ones(4, 6, dtype=torch.long),
+                 "old_per_token_logps": torch.zeros(4, 6),
+                 "sampling_per_token_logps": torch.tensor(logprobs)[..., 0]}  # fmt: skip
+        trainer.model.train()
+        trainer.vllm_generation.log_difference(batch)
+        logged = trainer._metrics["train"]
+        (difference,) = logged["rollout/logp_difference_masked"]
+        assert difference == pytest.approx(-batch["sampling_per_token_logps"].mean().item())
+        assert difference > 0 and not logged["rollout/logp_difference"]
         # Asked while asleep, without a new step: woken up again.
         server.sleep()
         assert trainer.vllm_generation.generate(prompts[:1], None, 1)[0] == prompts[:1]
@@ -198,3 +206,22 @@ def test_the_difference_counts_only_trained_tokens():
     assert logp_difference(rloo, [[-1.0, -1.0], [-3.5]]) == pytest.approx(0.5)
     assert logp_difference(rloo, [[-1.0], [-3.5]]) is None
     assert logp_difference({}, []) is None
+
+
+def test_the_difference_of_tokens_under_a_grammar_is_apart():
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    trained = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -9.0, -9.0]])
+    sampled = torch.tensor([[-0.5, -0.0, -4.0], [-2.0, -9.0, -1.0]])
+    grpo = {"completion_mask": mask, "tool_mask": torch.tensor([[1, 0, 1], [1, 1, 0]]),
+            "old_per_token_logps": trained, "sampling_per_token_logps": sampled}  # fmt: skip
+    runs = [[(1, 3)], [(0, 1)]]
+    assert logp_difference(grpo, [], runs) == pytest.approx((0.5 + 0) / 2)
+    assert logp_difference(grpo, [], runs, of_masked=True) == pytest.approx((0 + 1) / 2)
+    everything = itertools.repeat([(0, None)])
+    assert logp_difference(grpo, [], everything) is None
+    assert logp_difference(grpo, [], everything, of_masked=True) == logp_difference(grpo, [])
+    rloo = {"completion_mask": mask, "old_logps": torch.tensor([-3.0, -3.0])}
+    sums = [[-1.0, -1.0, -4.0], [-3.0, -1.0]]
+    assert logp_difference(rloo, sums, everything) is None
+    assert logp_difference(rloo, sums, everything, of_masked=True) == pytest.approx(0.75)
+    assert logp_difference(rloo, sums, [[], [(0, 1)]]) == pytest.approx(1)

@@ -7,6 +7,21 @@ from typing import Any
 from rollout_server.engine.compat import request_errors
 from rollout_server.errors import SamplingError
 
+# Fields by which a distribution isn't the model's own; as each is in `SamplingParams()`, it is.
+_CHANGING = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "min_tokens", "bad_words", "logit_bias", "allowed_token_ids",
+    "structured_outputs", "thinking_token_budget", "extra_args",
+)  # fmt: skip
+
+
+def neutral(params: Any) -> bool:
+    """Whether `SamplingParams` sample from the model's own distribution, at temperature 1."""
+    from vllm import SamplingParams
+
+    other = SamplingParams()
+    return all(getattr(params, f, None) == getattr(other, f, None) for f in _CHANGING)
+
 
 def sampling_params(fields: Mapping[str, Any]) -> Any:
     """vLLM's `SamplingParams`; `SamplingError` names a field that it doesn't know or rejects."""

@@ -38,13 +38,14 @@ async def serving_app(
 
 def layered(
     app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
-    names: list[str], vocabulary: int,
+    names: list[str], vocabulary: int, sampling: Mapping[str, Any],
 ) -> Owner:  # fmt: skip
     """What uvicorn serves: `app` behind all layers.
 
-    names: of the model; vocabulary: number of token ids that it has.
+    names: of the model; vocabulary: number of token ids that it has; sampling: defaults of the
+    fields that a request leaves out.
     """
-    calls = Calls(app, version, names, vocabulary)
+    calls = Calls(app, gate, version, names, vocabulary, sampling)
     return Owner(Rewards(Routes(Hold(calls, gate))), key, sessions)
 
 

@@ -7,12 +7,16 @@ by the tokens themselves. Which request such a call belongs to is told by a cont
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine import compat
+from rollout_server.engine.sampling import neutral
+from rollout_server.http.gate import Gate
+from rollout_server.http.options import Options
 from rollout_server.http.splice import Known, Message, Splicer
 from rollout_server.trajectories.tree import LOWEST_LOGPROB
 
@@ -22,10 +26,14 @@ current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)
 @dataclass
 class Sample:
     """One sampled answer: token ids, a log-probability (nats) each, versions as (version, start,
-    end), and why it ended."""
+    end), and why it ended.
+
+    unmasked: the model's own log-probabilities, where they were asked for and can be told.
+    """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    unmasked: list[float] | None = None
     versions: list[tuple[int, int, int]] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -42,6 +50,39 @@ class Generation:
     samples: dict[int, Sample] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Starts what one request generates; `name` is added to its id.
+
+    generate: vLLM's; length: its longest sequence in tokens; options: of the request, besides
+    prompt and parameters.
+    """
+
+    generate: Callable[..., AsyncIterator[Any]]
+    length: int
+    request_id: str
+    options: Mapping[str, Any]
+
+    def __call__(self, prompt: Any, params: Any, name: str = "") -> AsyncIterator[Any]:
+        return self.generate(prompt, params, self.request_id + name, **self.options)
+
+    def scoring(self, ids: list[int]) -> AsyncIterator[Any] | None:
+        """Has each of `ids` scored by the model alone. None if they fill the context: vLLM wants
+        room for a token to sample."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        if len(ids) >= self.length:
+            return None
+        params = SamplingParams(
+            prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        adapter = {n: v for n, v in self.options.items() if n == "lora_request"}
+        return self.generate(tokens_input(ids), params, f"{self.request_id}-scoring", **adapter)
+
+
 @dataclass
 class Call:
     """
@@ -51,26 +92,61 @@ class Call:
 
     version: Callable[[], int]
     known: Callable[[Sequence[Message], Any], Known | None]
+    gate: Gate
+    options: Options
     carried: bool = False
     with_logprobs: bool = False
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)
 
-    async def sampled(self, outputs: AsyncIterator[Any], params: Any) -> AsyncIterator[Any]:
-        """Pass the engine's outputs on, and keep what they hold."""
+    async def sampled(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
+        """Pass the engine's outputs for `prompt` on, and keep what they hold."""
         generation = Generation(masked=params.structured_outputs is not None)
         self.generations.append(generation)
         whole = params.output_kind.name != "DELTA"
-        async for step in outputs:
-            if not generation.prompt_ids and step.prompt_token_ids is not None:
-                generation.prompt_ids = list(step.prompt_token_ids)
-            for output in step.outputs:
-                if whole:
-                    generation.samples[output.index] = Sample()
-                sample = generation.samples.setdefault(output.index, Sample())
-                self._take(sample, output)
+        restarts = self.options.on_sync == "restart"
+        steps = self._restarted(start, prompt, params) if restarts else start(prompt, params)
+        async with contextlib.aclosing(steps):
+            async for step in steps:
+                if not generation.prompt_ids and step.prompt_token_ids is not None:
+                    generation.prompt_ids = list(step.prompt_token_ids)
+                for output in step.outputs:
+                    if whole:
+                        generation.samples[output.index] = Sample()
+                    sample = generation.samples.setdefault(output.index, Sample())
+                    self._take(sample, output)
+                if step.finished and self.options.unmasked_logprobs and _is_text(prompt):
+                    for sample in generation.samples.values():
+                        await self._unmask(start, generation.prompt_ids, sample, params)
+                yield step
+
+    async def _restarted(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
+        """The steps of the first attempt during which the weights don't change, at its end."""
+        for attempt in itertools.count():
+            name = f"-attempt{attempt}" if attempt else ""
+            steps = start(dict(prompt), params.clone(), name)  # vLLM may change what it is given
+            if (steps := await self.gate.unless_renewed(_all(steps))) is not None:
+                break
+        for step in steps:
             yield step
+
+    async def _unmask(
+        self, start: Start, prompt_ids: list[int], sample: Sample, params: Any
+    ) -> None:
+        """Find the model's own log-probabilities, unless another version sampled the tokens."""
+        version = self.version()
+        if params.temperature not in (0, 1) or any(v != version for v, _, _ in sample.versions):
+            return
+        if neutral(params) or not sample.ids:
+            sample.unmasked = sample.logprobs
+            return
+        scoring = start.scoring(prompt_ids + sample.ids)
+        if scoring is not None and (steps := await self.gate.unless_renewed(_all(scoring))):
+            told = steps[-1].prompt_logprobs[len(prompt_ids) :]
+            sample.unmasked = [
+                max(at[i].logprob, LOWEST_LOGPROB) for i, at in zip(sample.ids, told, strict=True)
+            ]
 
     def _take(self, sample: Sample, output: Any) -> None:
         ids = list(output.token_ids)
@@ -91,6 +167,15 @@ class Call:
             versions.append((version, start, len(sample.ids)))
 
 
+async def _all(steps: AsyncIterator[Any]) -> list[Any]:
+    return [step async for step in steps]
+
+
+def _is_text(prompt: Any) -> bool:
+    """Whether its token ids are all of it: no images."""
+    return isinstance(prompt, Mapping) and prompt.get("type") == "token"
+
+
 def tap(client: Any, tokenizer: Any) -> None:
     """Have an `AsyncLLM` tell the `current` call what it renders and samples."""
     _tap_generate(client)
@@ -108,11 +193,13 @@ def _tap_generate(client: Any) -> None:
 
     async def tapped(prompt, sampling_params, request_id, **options):
         call = current.get()
-        if call is not None and call.with_logprobs and sampling_params.logprobs is None:
-            sampling_params.logprobs = 0
-        outputs = generate(prompt, sampling_params, request_id, **options)
-        if call is not None:
-            outputs = call.sampled(outputs, sampling_params)
+        if call is None:
+            outputs = generate(prompt, sampling_params, request_id, **options)
+        else:
+            if call.with_logprobs and sampling_params.logprobs is None:
+                sampling_params.logprobs = 0
+            start = Start(generate, client.model_config.max_model_len, request_id, options)
+            outputs = call.sampled(start, prompt, sampling_params)
         async with contextlib.aclosing(outputs):
             async for step in outputs:
                 yield step

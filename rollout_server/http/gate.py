@@ -1,10 +1,14 @@
 """The gate in front of the engine: requests wait here while weights move or the engine sleeps.
 
-Held, not refused: an agent's client would give up after a few retries, but it waits happily.
+Held, not refused: an agent's client would give up after a few retries, but it waits happily. Those
+inside can ask that it closes behind them only, or be told when the weights have changed.
 """
 
 import asyncio
+import contextlib
 import math
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 from rollout_server.errors import StateError
 
@@ -18,13 +22,19 @@ class GateTimeout(Exception):
 
 
 class Gate:
-    """Open, closed, or shut for good. Used on the server's loop only."""
+    """Open, closed, or shut for good. Used on the server's loop only.
+
+    held: number of requests that wait; to_finish: of those inside that must finish before the
+    engine rests.
+    """
 
     def __init__(self, hold_timeout: float):
         self._hold_timeout = hold_timeout
         self._open = asyncio.Event()
         self._shut: str | None = None
+        self._renewed = asyncio.Event()
         self.held = 0
+        self.to_finish = 0
 
     @property
     def is_open(self) -> bool:
@@ -60,3 +70,29 @@ class Gate:
                 self.held -= 1
         if self._shut is not None:
             raise StateError(self._shut)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around a request that must finish before the engine rests."""
+        self.to_finish += 1
+        try:
+            yield
+        finally:
+            self.to_finish -= 1
+
+    def renew(self) -> None:
+        """The engine has new weights, with which what runs will go on."""
+        self._renewed.set()
+        self._renewed = asyncio.Event()
+
+    async def unless_renewed(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What `work` gives; None, and `work` is cancelled, if the weights change before."""
+        renewed = self._renewed
+        working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(renewed.wait())
+        try:
+            await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            return None if renewed.is_set() else working.result()
+        finally:
+            working.cancel()
+            waiting.cancel()
+            await asyncio.gather(working, waiting, return_exceptions=True)

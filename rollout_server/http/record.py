@@ -7,10 +7,11 @@ of each event of a stream) tell the newest version that may have sampled a token
 ids were asked for, a chat answer's message carries its tokens. In a session the call is recorded.
 """
 
+import contextlib
 import hashlib
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_server.http import routes
@@ -18,7 +19,9 @@ from rollout_server.http.answers import CHAT, Stream, message_of
 from rollout_server.http.body import Gone, again, read_body
 from rollout_server.http.calls import Call, current
 from rollout_server.http.errors import send_error
+from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
+from rollout_server.http.options import NAMES, Options
 from rollout_server.http.sessions import SESSION, Live
 from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
@@ -31,10 +34,16 @@ _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 class Calls:
     """Only for requests that render or sample; others pass."""
 
-    def __init__(self, app, version: Callable[[], int], names: list[str], vocabulary: int):
-        """version: the policy's; names: of the model; vocabulary: number of token ids."""
+    def __init__(
+        self, app, gate: Gate, version: Callable[[], int], names: list[str], vocabulary: int,
+        sampling: Mapping[str, Any],
+    ):  # fmt: skip
+        """version: the policy's; names: of the model; vocabulary: number of token ids; sampling:
+        defaults of the sampling fields."""
         self._app = app
+        self._gate = gate
         self._version = version
+        self._temperature = sampling.get("temperature")
         self._names = names
         self._vocabulary = vocabulary
         # What was answered outside of sessions: a client that sends tokens back is compared with.
@@ -50,28 +59,37 @@ class Calls:
             return
         live, request = scope.get(SESSION), _parsed(body)
         try:
-            call = self._call(live, request)
+            call = self._call(scope["path"], live, request)
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        if live is not None and request.get("model") not in (None, *self._names):
-            # An agent that was pointed here by its environment asks for the model that it knows.
-            body = json.dumps(request | {"model": self._names[0]}).encode()
         name = _repeated(scope, body)
         if live is not None and name is not None and name in live.answered:
             for message in live.answered[name]:
                 await send(message)
             return
         answer = _Answer(scope["path"], request, call, live, self._told, send, self._version)
+        finishes = call.options.on_sync == "finish"
         token = current.set(call)
         try:
-            await self._app(scope, again(body, receive), answer.send)
+            with self._gate.finishing() if finishes else contextlib.nullcontext():
+                passed_on = again(self._for_vllm(live, request, body), receive)
+                await self._app(scope, passed_on, answer.send)
         finally:
             current.reset(token)
         if live is not None and answer.complete:
             live.remember(_name(scope, body), answer.sent)
 
-    def _call(self, live: Live | None, request: dict[str, Any]) -> Call:
+    def _for_vllm(self, live: Live | None, request: dict[str, Any], body: bytes) -> bytes:
+        """The body without our fields, for a model that there is."""
+        passed_on = {name: value for name, value in request.items() if name not in NAMES}
+        if live is not None and request.get("model") not in (None, *self._names):
+            # An agent that was pointed here by its environment asks for the model that it knows.
+            passed_on["model"] = self._names[0]
+        return body if passed_on == request else json.dumps(passed_on).encode()
+
+    def _call(self, path: str, live: Live | None, request: dict[str, Any]) -> Call:
+        options = Options.of(path, request, live, self._temperature)
         told = carried(request, self._vocabulary)
         if live is not None and request.get("n") not in (None, 1):
             raise BadRequest(
@@ -90,7 +108,10 @@ class Calls:
             call.carried = ours is None or ours != (told.at, tokens)
             return told
 
-        call = Call(self._version, known, with_logprobs=live is not None or _asks(request))
+        call = Call(
+            self._version, known, self._gate, options,
+            with_logprobs=live is not None or _asks(request),
+        )  # fmt: skip
         return call
 
 
@@ -227,6 +248,7 @@ class _Answer:
                     generation.prompt_ids, sample.ids, sample.logprobs, versions=sample.versions,
                     finish_reason=sample.finish_reason, messages=call.messages,
                     answer=answer if last else None, masked=generation.masked,
+                    unmasked=sample.unmasked,
                 )  # fmt: skip
                 if last and answer is not None:
                     live.history.add(call.template, call.messages, answer, node)
@@ -239,7 +261,7 @@ class _Answer:
 
 def _asks(request: dict[str, Any]) -> bool:
     """Whether a request asks for what its answer's tokens are."""
-    return bool(request.get("logprobs") or request.get("return_token_ids"))
+    return any(map(request.get, ("logprobs", "return_token_ids", "unmasked_logprobs")))
 
 
 def _finishes(event: dict[str, Any]) -> bool:

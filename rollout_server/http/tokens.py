@@ -7,6 +7,7 @@ from typing import Any
 from rollout_server.http.splice import Known, Message
 
 PROMPT, SAMPLED, LOGPROBS = "prompt_token_ids", "generation_token_ids", "generation_log_probs"
+UNMASKED = "generation_log_probs_unmasked"
 PREFIX = "required_prefix_token_ids"
 
 
@@ -27,10 +28,11 @@ def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
             continue
         last = at
         name = f"messages[{at}]."
-        fields = {field: message.get(field) for field in (PROMPT, SAMPLED, LOGPROBS)}
+        fields = {field: message.get(field) for field in (PROMPT, SAMPLED)}
         for field in (PROMPT, SAMPLED):
             require_ids(name + field, fields[field], vocabulary)
-        _require_logprobs(name, fields)
+        for field in (LOGPROBS, UNMASKED):
+            _require_logprobs(name + field, message.get(field), fields[SAMPLED])
         if fields[SAMPLED] is not None and fields[PROMPT]:
             found = Known(at, fields[PROMPT], fields[SAMPLED])
     prefix = request.get(PREFIX)
@@ -56,26 +58,26 @@ def require_ids(name: str, value: Any, vocabulary: int) -> None:
             )
 
 
-def _require_logprobs(name: str, fields: dict[str, Any]) -> None:
-    ids, logprobs = fields[SAMPLED], fields[LOGPROBS]
+def _require_logprobs(name: str, logprobs: Any, ids: list[int] | None) -> None:
     if logprobs is None:
         return
     if not isinstance(logprobs, list):
-        raise BadRequest(f"{name}{LOGPROBS} is {_shown(logprobs)}; give a list of numbers")
+        raise BadRequest(f"{name} is {_shown(logprobs)}; give a list of numbers")
     for at, x in enumerate(logprobs):
         if type(x) not in (int, float) or not math.isfinite(x):
-            raise BadRequest(f"{name}{LOGPROBS}[{at}] is {_shown(x)}; give a finite number")
+            raise BadRequest(f"{name}[{at}] is {_shown(x)}; give a finite number")
     if ids is not None and len(ids) != len(logprobs):
         raise BadRequest(
-            f"{name}{LOGPROBS} has {len(logprobs)} entries, {SAMPLED} {len(ids)}; give one a token"
+            f"{name} has {len(logprobs)} entries, {SAMPLED} {len(ids)}; give one a token"
         )
 
 
 def with_tokens(message: Message, prompt_ids: Sequence[int], sample: Any) -> Message:
     """An answer's message with the tokens that it is made of."""
-    return message | {
-        PROMPT: list(prompt_ids), SAMPLED: sample.ids, LOGPROBS: sample.logprobs,
-    }  # fmt: skip
+    tokens = {PROMPT: list(prompt_ids), SAMPLED: sample.ids, LOGPROBS: sample.logprobs}
+    if sample.unmasked is not None:
+        tokens[UNMASKED] = sample.unmasked
+    return message | tokens
 
 
 def _shown(value: Any) -> str:

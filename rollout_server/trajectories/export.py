@@ -33,6 +33,9 @@ class Rollout:
         versions: who sampled what: spans over `completion_ids`, none over given tokens.
         masked: (start, end) of runs in `completion_ids` whose `logprobs` are of a distribution that
             a grammar had masked; a trainer that computes them anew gets other values.
+        unmasked_logprobs: the model's own log-probability (nats) of each of `completion_ids` at
+            temperature 1, without grammar, cut-offs and penalties; 0.0 where it was given. None
+            unless they are known of all that was sampled.
         reward: None where none was set.
         components: named parts of the reward.
         metadata: of the session.
@@ -48,6 +51,7 @@ class Rollout:
     env_mask: list[int]
     versions: list[Span] = field(default_factory=list)
     masked: list[tuple[int, int]] = field(default_factory=list)
+    unmasked_logprobs: list[float] | None = None
     reward: float | None = None
     components: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -56,15 +60,17 @@ class Rollout:
 
     def __post_init__(self):
         count = len(self.completion_ids)
-        for name in ("logprobs", "env_mask"):
+        unmasked = [] if self.unmasked_logprobs is None else ["unmasked_logprobs"]
+        for name in ("logprobs", "env_mask", *unmasked):
             if len(getattr(self, name)) != count:
                 raise ConfigError(
                     f"{name} has {len(getattr(self, name))} values for {count} completion_ids; "
                     "give one for each"
                 )
-        if not all(map(is_number, self.logprobs)):
-            i = [is_number(value) for value in self.logprobs].index(False)
-            raise ConfigError(f"logprobs[{i}] is {self.logprobs[i]!r}; give a finite number")
+        for name in ("logprobs", *unmasked):
+            for i, value in enumerate(getattr(self, name)):
+                if not is_number(value):
+                    raise ConfigError(f"{name}[{i}] is {value!r}; give a finite number")
         if not all(value in (0, 1) for value in self.env_mask):
             i = [value in (0, 1) for value in self.env_mask].index(False)
             raise ConfigError(f"env_mask[{i}] is {self.env_mask[i]!r}; give 0 or 1")
@@ -226,11 +232,15 @@ def _row(
     first = next((i for i, node in enumerate(path) if node.sampled and node.ids), None)
     if first is None:
         return None
-    ids, logprobs, mask, versions, masked = [], [], [], [], []
+    ids, logprobs, unmasked, mask, versions, masked = [], [], [], [], [], []
     for node in path[first:]:
         start, count = len(ids), len(node.ids)
         ids += node.ids
         logprobs += node.logprobs if node.sampled else [0.0] * count
+        if node.sampled and node.unmasked is None:
+            unmasked = None
+        elif unmasked is not None:
+            unmasked += node.unmasked if node.sampled else [0.0] * count
         mask += [int(node.sampled and node not in trained)] * count
         for span in node.versions:
             _join(versions, span.version, start + span.start, start + span.end)
@@ -245,6 +255,7 @@ def _row(
         env_mask=mask,
         versions=versions,
         masked=[(start, end) for _, start, end in masked],
+        unmasked_logprobs=unmasked,
         reward=reward,
         components=dict(components or {}),
         metadata=dict(metadata or {}),

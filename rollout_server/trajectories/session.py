@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
 from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
 from rollout_server.trajectories.tree import Node, TokenTree
@@ -22,6 +23,11 @@ class Session:
             session's.
         api_key: names the session at the server's own URL too.
         metadata: what the caller gave, such as the example that the agent works on.
+        on_sync: what a sync or a sleep does to a running request that doesn't say: "continue",
+            "restart" or "finish", as in a request's body.
+        unmasked_logprobs: whether to record, too, what the model gives for the sampled tokens
+            without grammars, cut-offs and penalties. For a request with any of these it costs a
+            second prefill; at a temperature other than 1 it isn't there.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class Session:
         self._reward: float | None = None
         self._components: dict[str, float] = {}
         self._ended = False
+        self._on_sync = "continue"
+        self._unmasked_logprobs = False
 
     # -- for the agent ------------------------------------------------------------------------
 
@@ -68,6 +76,27 @@ class Session:
     @property
     def _own(self) -> dict[str, str]:
         return {"base_url": self.base_url, "api_key": self.api_key}
+
+    @property
+    def on_sync(self) -> str:
+        return self._on_sync
+
+    @on_sync.setter
+    def on_sync(self, value: str) -> None:
+        if value not in ON_SYNC:
+            allowed = ", ".join(map(repr, ON_SYNC))
+            raise ConfigError(f"on_sync={value!r}: give one of {allowed}")
+        self._on_sync = value
+
+    @property
+    def unmasked_logprobs(self) -> bool:
+        return self._unmasked_logprobs
+
+    @unmasked_logprobs.setter
+    def unmasked_logprobs(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ConfigError(f"unmasked_logprobs={value!r}: give True or False")
+        self._unmasked_logprobs = value
 
     # -- its reward ---------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class Node:
         versions: who sampled them: spans over `ids`, which they cover; empty where given.
         call: number of the call that sampled them, from 0; None where given.
         masked: whether `logprobs` are of a distribution that a grammar had masked.
+        unmasked: the model's own log-probability (nats, temperature 1) of each of `ids`, without
+            grammar, cut-offs and penalties; None where it wasn't asked for or can't be told.
 
     In the node where a call's answer ends, which `TokenTree.calls` has, and else as by default:
         finish_reason: why it ended.
@@ -55,6 +57,7 @@ class Node:
     children: list["Node"] = field(default_factory=list)
     call: int | None = None
     masked: bool = False
+    unmasked: list[float] | None = None
     finish_reason: str | None = None
     continues: int | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -73,12 +76,14 @@ class TokenTree:
         root: a node without tokens.
         calls: the node where each call's answer ends, in the order of the calls.
         size: number of tokens stored.
+        sampled: how many of them were sampled.
     """
 
     def __init__(self):
         self.root = Node([])
         self.calls: list[Node] = []
         self.size = 0
+        self.sampled = 0
 
     def add(
         self,
@@ -91,13 +96,15 @@ class TokenTree:
         messages: Sequence[dict[str, Any]] = (),
         answer: dict[str, Any] | None = None,
         masked: bool = False,
+        unmasked: Sequence[float] | None = None,
     ) -> Node:
         """Put a call into the tree.
 
         prompt_ids: token ids that the model saw; ids: those it sampled, maybe none; logprobs: of
         each of `ids` (nats; minus infinity becomes `LOWEST_LOGPROB`); versions: (version, start,
         end) of runs that cover `ids` in order; messages: all of the request's; answer: the message
-        made of `ids`; masked: see `Node`. Messages are kept, not copied, and compared by `==`.
+        made of `ids`; masked, unmasked: see `Node`. Messages are kept, not copied, and compared by
+        `==`.
 
         Returns the call's node. Raises `ValueError` and leaves the tree as it was if the arguments
         contradict each other or a log-probability isn't a number.
@@ -105,7 +112,9 @@ class TokenTree:
         prompt_ids, ids, messages = list(prompt_ids), list(ids), list(messages)
         if not prompt_ids:
             raise ValueError("prompt_ids is empty; give the tokens that the model saw")
-        logprobs = _logprobs(logprobs, len(ids))
+        logprobs = _logprobs("logprobs", logprobs, len(ids))
+        if unmasked is not None:
+            unmasked = _logprobs("unmasked", unmasked, len(ids))
         versions = _spans(versions, len(ids))
 
         node, inside, length = self._walk(prompt_ids)
@@ -125,6 +134,7 @@ class TokenTree:
                 parent=node,
                 call=len(self.calls),
                 masked=masked,
+                unmasked=unmasked,
                 finish_reason=finish_reason,
                 continues=continues,
                 messages=messages[kept:] + ([] if answer is None else [answer]),
@@ -133,6 +143,7 @@ class TokenTree:
             )
         )
         self.calls.append(node)
+        self.sampled += len(ids)
         return node
 
     def leaves(self) -> list[Node]:
@@ -244,25 +255,28 @@ def _split(node: Node, at: int) -> Node:
         children=[node],
         call=node.call,
         masked=node.masked,
+        unmasked=None if node.unmasked is None else node.unmasked[:at],
     )
     siblings = node.parent.children
     siblings[siblings.index(node)] = head
     node.parent = head
     node.ids = node.ids[at:]
     node.logprobs = node.logprobs[at:]
+    if node.unmasked is not None:
+        node.unmasked = node.unmasked[at:]
     node.versions = [Span(v, max(s, at) - at, e - at) for v, s, e in node.versions if e > at]
     return head
 
 
-def _logprobs(logprobs: Sequence[float], count: int) -> list[float]:
+def _logprobs(name: str, logprobs: Sequence[float], count: int) -> list[float]:
     if len(logprobs) != count:
         raise ValueError(
-            f"logprobs has {len(logprobs)} values for {count} ids; give one for each token sampled"
+            f"{name} has {len(logprobs)} values for {count} ids; give one for each token sampled"
         )
     values = []
     for i, value in enumerate(logprobs):
         if not isinstance(value, (int, float)) or math.isnan(value) or value == math.inf:
-            raise ValueError(f"logprobs[{i}] is {value!r}; give a finite number or minus infinity")
+            raise ValueError(f"{name}[{i}] is {value!r}; give a finite number or minus infinity")
         values.append(max(float(value), LOWEST_LOGPROB))
     return values
 
