@@ -70,6 +70,8 @@ class EngineGeneration:
         self._server = server
         self._fields = _generation_fields(trainer)
         self.sampled: list[list[float]] = []
+        # Of an agent's rows, the runs of tokens that were sampled under a grammar.
+        self.masked: list[list[tuple[int, int]]] | None = None
 
     def sync_weights(self) -> None:
         """Give the engine the policy's weights; wakes it."""
@@ -123,8 +125,18 @@ class EngineGeneration:
     def log_difference(self, batch: dict[str, Any]) -> None:
         """Log how far the engine's log-probabilities are from the trainer's, per token."""
         difference = logp_difference(batch, self.sampled)
-        if difference is not None:
-            self.log("logp_difference", difference)
+        if difference is None:
+            return
+        self.log("logp_difference", difference)
+        note = self._server.note_logprob_difference
+        if self.masked is None:
+            note(difference, grammar=self._fields.get("structured_outputs") is not None)
+            return
+        grammar = _runs(self.masked, batch["completion_mask"])
+        for under_grammar, only in ((False, ~grammar), (True, grammar)):
+            part = logp_difference(batch, self.sampled, only)
+            if part is not None:
+                note(part, grammar=under_grammar)
 
     def log(self, name: str, value: float) -> None:
         """Put a number into the trainer's log, as `rollout/name`."""
@@ -132,12 +144,15 @@ class EngineGeneration:
         self._trainer._metrics[mode][f"rollout/{name}"].append(value)
 
 
-def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float | None:
+def logp_difference(
+    batch: dict[str, Any], sampled: list[list[float]], only: torch.Tensor | None = None
+) -> float | None:
     """Mean absolute difference, per token, of the trainer's log-probabilities from the sampled.
 
     batch: what a trainer scored; GRPO has log-probabilities of shape (B, T), RLOO sums of
     shape (B,), from which the difference of a sequence is spread over its tokens.
     sampled: log-probabilities of one generation, B lists. None if the two don't fit together.
+    only: (B, T), of GRPO's tokens those to count.
     """
     mask = batch.get("completion_mask")
     if mask is None:
@@ -145,6 +160,8 @@ def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float 
     mask = mask.detach().cpu().bool()
     if "tool_mask" in batch and batch["tool_mask"] is not None:
         mask &= batch["tool_mask"].detach().cpu().bool()
+    if only is not None:
+        mask &= only
     trained, by_trl = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
     if trained is not None and by_trl is not None:
         gap = (trained - by_trl).detach().float().cpu().abs()
@@ -156,6 +173,15 @@ def logp_difference(batch: dict[str, Any], sampled: list[list[float]]) -> float 
     sampled_sums = torch.tensor([sum(s) for s in sampled])
     gap = (sums.detach().float().cpu() - sampled_sums).abs() / mask.sum(1).clamp(min=1)
     return gap.mean().item()
+
+
+def _runs(runs: list[list[tuple[int, int]]], mask: torch.Tensor) -> torch.Tensor:
+    """Where the runs of each row are, in the form of `mask`."""
+    inside = torch.zeros(mask.shape, dtype=torch.bool)
+    for row, spans in zip(inside, runs, strict=True):
+        for start, end in spans:
+            row[start:end] = True
+    return inside
 
 
 class _WakeAtTheEnd(TrainerCallback):
@@ -222,6 +248,7 @@ class AgentRollouts:
         log("failed", sum(o.error is not None for o in outcomes) / len(outcomes))
         log("policy_version", self._server.policy_version)
         rows = [self._row(o, p, trainer) for o, p in zip(outcomes, prompts, strict=True)]
+        self._generation.masked = [row.masked for row in rows]
         return trl_rows(rows)
 
     def _row(self, outcome: Outcome, prompt: Any, trainer: Any) -> Rollout:

@@ -30,17 +30,21 @@ from rollout_server.errors import (
     first_line,
 )
 from rollout_server.http.gate import Gate
+from rollout_server.journal import Journal
 from rollout_server.state import State, StateBox
 
 
 class Lifecycle:
     """Runs on the server's loop. Owns the transitions and the policy version."""
 
-    def __init__(self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate):
+    def __init__(
+        self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate, journal: Journal
+    ):
         self._config = config
         self._engine = engine
         self._box = box
         self._gate = gate
+        self._journal = journal
         self._turn = asyncio.Lock()
         self._left: asyncio.Future | None = None
         self.version = -1  # the first sync, at attach, makes it 0
@@ -78,8 +82,9 @@ class Lifecycle:
             self._box.require_open()
             if self._box.state is State.ASLEEP:
                 return
-            await self._rest()
-            await self._fall_asleep()
+            with self._journal.sleeping():
+                await self._rest()
+                await self._fall_asleep()
 
     async def _fall_asleep(self) -> None:
         with self._breaking("falling asleep"):
@@ -114,6 +119,7 @@ class Lifecycle:
 
     def _break(self, why: str) -> None:
         self._box.break_(why)
+        self._journal.broke(why)
         self._gate.shut(f"the engine is broken: {why}")
 
 
@@ -221,6 +227,8 @@ class SyncTransition:
             await self.abort("its caller went away")
 
     async def _resume(self) -> None:
+        by = "sleep" if self.was_asleep else "sync"
+        self._life._journal.interrupted(self._engine.running, by)
         if self.was_asleep:
             await self._wake(self._engine.wake_kv_cache, "waking the KV cache")
         else:

@@ -10,7 +10,7 @@ from rollout_server.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
 # A socket's path may have 107 characters; vLLM's names have 36.
-_SOCKET_FOLDER = 107 - 36 - 1
+SOCKET_FOLDER = 107 - 36 - 1
 WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
 LOAD_FORMAT = "rollout_server"
 CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
@@ -90,7 +90,7 @@ def engine_variables(on_cpu: bool, devices: Sequence[str | None], folder: str) -
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if len(folder) <= _SOCKET_FOLDER:
+    if len(folder) <= SOCKET_FOLDER:
         # vLLM leaves sockets and files behind; this folder is removed with all of them.
         variables["VLLM_RPC_BASE_PATH"] = variables["TMPDIR"] = folder
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
