@@ -54,7 +54,6 @@ def _server(server: "RolloutServer") -> dict[str, Any]:
 def _config(server: "RolloutServer") -> dict[str, Any]:
     config = server._config
     told = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    told["api_key"] = "made at start" if config.api_key is None else "given"
     return told | {"sampling": server._sampling}
 
 
