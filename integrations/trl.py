@@ -116,7 +116,7 @@ class EngineGeneration:
 
     def sleep(self) -> None:
         """Give the engine's memory back to the trainer."""
-        if self._server.state is State.AWAKE:
+        if self._server.state not in (State.ASLEEP, State.BROKEN, State.CLOSED):
             started = time.perf_counter()
             self._server.sleep()
             if self._server.state is State.ASLEEP:
@@ -196,7 +196,7 @@ class _WakeAtTheEnd(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
-        if self._server.state in (State.AWAKE, State.ASLEEP):
+        if self._server.state not in (State.BROKEN, State.CLOSED):
             self._server.sync_weights()
 
     def on_evaluate(self, args, state, control, **kwargs):

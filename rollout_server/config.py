@@ -15,6 +15,7 @@ SYNC_PATHS = ("auto", "plan", "layerwise", "load_weights")
 PEFT = ("merge", "adapter")
 CHECK_FINITE = ("verified", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LONGEST_BACKOFF = 30.0  # seconds between two tries to start an engine
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class RolloutConfig:
             The first sync is always compared. 0: only the first.
         check_finite: refuse weights that hold a NaN or an infinity: on the "verified" syncs,
             "always" or "never".
-        max_restarts: how often a dead engine is restarted.
+        max_restarts: how often within an hour an engine that died is restarted, with the policy's
+            weights; running and waiting requests go on then. 0: never. An engine that ranks share
+            (`tensor_parallel_size`) isn't restarted.
 
     Agents, with attach(trainer, rollout=...):
         rollout_concurrency: how many run at a time, on each rank.
@@ -76,6 +79,7 @@ class RolloutConfig:
 
     Deadlines:
         start_timeout: start of the engine, its first weights included.
+        liveness_timeout: an engine that is awake and answers nothing for so long counts as dead.
         sync_timeout: one sync of weights.
         sleep_timeout, wake_timeout: falling asleep (without draining), waking (without sync).
         drain_timeout: running generations that may finish first, with in_flight="drain".
@@ -108,12 +112,13 @@ class RolloutConfig:
     sync_bucket_bytes: int = 512 << 20
     check_finite: str = "verified"
     verify_every: int = 0
-    max_restarts: int = 0
+    max_restarts: int = 5
 
     rollout_concurrency: int = 64
     rollout_timeout: float = 1800.0
 
     start_timeout: float = 600.0
+    liveness_timeout: float = 60.0
     sync_timeout: float = 300.0
     sleep_timeout: float = 60.0
     wake_timeout: float = 60.0
@@ -176,12 +181,13 @@ class RolloutConfig:
                 "optimizer's state would never be needed back; use colocate='sleep' or 'share'"
             )
         self._check_parallel()
-        self._refuse_what_is_not_there_yet()
 
     @property
     def transition_time(self) -> float:
-        """Seconds for one transition and one that it may have to wait for, each with its steps."""
+        """Seconds for one transition and one that it may have to wait for, each with its steps, and
+        the engine's restarts on the way."""
         steps = self.sync_timeout + 2 * self.wake_timeout + 2 * self.sleep_timeout
+        steps += self.restarts * (self.start_timeout + LONGEST_BACKOFF)
         if self.in_flight == "drain":
             steps += self.drain_timeout
         return 2 * steps
@@ -190,6 +196,11 @@ class RolloutConfig:
     def tensor_parallel(self) -> int:
         """How many ranks have an engine together."""
         return self.engine_args.get("tensor_parallel_size") or 1
+
+    @property
+    def restarts(self) -> int:
+        """How often within an hour this server's engine can be restarted."""
+        return self.max_restarts if self.tensor_parallel == 1 else 0
 
     def _check_parallel(self):
         _whole("engine_args['tensor_parallel_size']", self.tensor_parallel, low=1)
@@ -206,13 +217,6 @@ class RolloutConfig:
                     "process per device (accelerate launch --num_processes), each gets an engine "
                     "of its own, or each group of engine_args['tensor_parallel_size']"
                 )
-
-    def _refuse_what_is_not_there_yet(self):
-        if self.max_restarts:
-            raise NotAvailableError(
-                f"max_restarts={self.max_restarts}: restarting a dead engine isn't available in "
-                "this version; leave it 0 and attach again after an EngineDeadError"
-            )
 
 
 def _is_number(value) -> bool:

@@ -46,7 +46,7 @@ class EngineStartError(RolloutServerError):
 
 
 class EngineDeadError(RolloutServerError):
-    """The engine process has ended or failed; the server must be closed and attached again."""
+    """The engine process has ended or failed, and wasn't restarted (see `max_restarts`)."""
 
 
 class StateError(RolloutServerError):
@@ -55,6 +55,11 @@ class StateError(RolloutServerError):
 
 class DeadlineError(RolloutServerError, TimeoutError):
     """The call ran past its deadline. The message tells the state of both sides."""
+
+
+class EngineTimeoutError(DeadlineError):
+    """The engine hasn't done what it was asked within its deadline. In a transition it is ended for
+    it, since its condition would be unknown."""
 
 
 class WeightSyncError(RolloutServerError):

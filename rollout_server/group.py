@@ -76,9 +76,19 @@ class GroupEngine:
         """As `Engine`'s, on the first rank; 0 on others."""
         return 0.0 if self._engine is None else self._engine.take_kv_cache_peak()
 
-    def require_alive(self) -> None:
+    @property
+    def dead(self) -> bool:
+        """As `Engine`'s, on the first rank; the others are told at their next call."""
+        return self._engine is not None and self._engine.dead
+
+    @property
+    def condition(self) -> str:
+        return "that of another rank" if self._engine is None else self._engine.condition
+
+    def give_up(self, why: str) -> None:
+        """Requests fail; an engine of a group isn't started anew."""
         if self._engine is not None:
-            self._engine.require_alive()
+            self._engine.give_up(why)
 
     async def generate(
         self, prompt: list[int], fields: Mapping[str, Any], request_id: str

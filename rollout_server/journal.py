@@ -28,10 +28,13 @@ class Journal:
         # Apart: a flood of refused requests mustn't wash away what led to it.
         self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
 
-    def happened(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
+    def happened(
+        self, event: str, level: int = logging.INFO,
+        logger: logging.Logger = logs.LIFECYCLE, **fields: Any,
+    ) -> None:  # fmt: skip
         """Log something of the lifecycle, and keep it."""
         self.events.append({"time": time.time(), "event": event} | fields)
-        logs.tell(logs.LIFECYCLE, level, event, **fields)
+        logs.tell(logger, level, event, **fields)
 
     # -- weights, sleep, wake ------------------------------------------------------------------
 
@@ -76,14 +79,20 @@ class Journal:
 
     # -- the engine ----------------------------------------------------------------------------
 
+    # Nothing is raised to anyone for these: they are on the screen where nobody listens.
+
     def died(self, why: str) -> None:
-        """The engine has ended by itself."""
-        self.happened("engine_died", logging.ERROR, error=why)
+        """The engine has ended, or hangs and was ended; another one will take its place."""
+        self.happened("engine_died", logging.WARNING, logs.GENERAL, error=why)
 
     def restarted(self, seconds: float) -> None:
         """Another engine runs in its place."""
         self.metrics.count("engine_restarts")
-        self.happened("engine_restarted", logging.WARNING, seconds=seconds)
+        self.happened("engine_restarted", logging.WARNING, logs.GENERAL, seconds=seconds)
+
+    def not_restarted(self, why: str) -> None:
+        """Another engine didn't start."""
+        self.happened("engine_restart_failed", logging.WARNING, logs.GENERAL, error=why)
 
     def broke(self, why: str) -> None:
         """The server is broken."""

@@ -1,13 +1,13 @@
 """The package's loggers, and a formatter that writes their records as JSON.
 
-    rollout_server             warnings: a rollout that failed
+    rollout_server             WARNING: a rollout that failed, an engine that died or was restarted
     rollout_server.requests    INFO: one record a request; WARNING: answered with 500 or above
-    rollout_server.lifecycle   INFO: sync, sleep, wake, sessions (DEBUG), restarts, the end;
+    rollout_server.lifecycle   INFO: sync, sleep, wake, the end; DEBUG: sessions;
                                WARNING: one that failed; ERROR: the server is broken
 
 All is standard logging: nothing is shown but what the user's own handlers and levels ask for.
-Failures of the two below are answered, or raised, to whom they concern, so they aren't printed by
-logging's last resort either. Each record has its facts as attributes, `event` first, as given in
+Where there are none, logging itself prints the warnings of the first; failures of the other two
+are answered, or raised, to whom they concern. Each record has its facts as attributes, `event` first, as given in
 `extra`. Secrets are taken out before a handler sees a record.
 """
 

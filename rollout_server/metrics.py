@@ -25,7 +25,7 @@ COUNTERS = {
     "sessions_ended": ("Sessions ended.", ()),
     "session_calls": ("Calls recorded in sessions.", ()),
     "interrupted_generations": (
-        "Generations that were interrupted and went on from their own tokens.", ("by",)
+        "Generations that a sync, a sleep or a restart interrupted, and that went on.", ("by",)
     ),
     "engine_restarts": ("Engines started in the place of one that had died.", ()),
     "http_requests": ("Requests answered.", ("route", "status")),

@@ -43,6 +43,10 @@ class Policy:
         """The policy's tensors as they are now; peft: "merge" or "adapter"."""
         return source_of(self.model(), peft)
 
+    def stamp(self) -> list[tuple[int, int]]:
+        """Differs where a parameter has been written to, or replaced."""
+        return [(id(p), p._version) for p in self.model().parameters()]
+
     @property
     def bare(self) -> torch.nn.Module:
         return architecture(self.model())

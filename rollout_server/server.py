@@ -38,6 +38,7 @@ from rollout_server.http.native import Generate
 from rollout_server.http.scrape import Scrape
 from rollout_server.http.seen import Seen
 from rollout_server.http.sessions import Sessions
+from rollout_server.janitor import Janitor
 from rollout_server.journal import Journal
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.offload import OptimizerOffload
@@ -50,6 +51,7 @@ from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.trajectories.session import Session
+from rollout_server.watch import watch
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Source
 
@@ -95,6 +97,7 @@ class RolloutServer:
             version = compat.require_vllm()
             sampling_params(self._sampling)
         self._folder = tempfile.mkdtemp(prefix="rollout_server-")
+        self._janitor = Janitor(self._folder)
         self._shared = SharedWeights() if config.colocate == "share" else None
         self._loop = LoopThread()
         atexit.register(self.close)
@@ -118,6 +121,7 @@ class RolloutServer:
                 with progress.step("opening the endpoint"):
                     opening = self._start_http()
                     self._loop.call(opening, config.start_timeout, "starting the endpoint")
+            self._look_after_the_engine()
             urls = self._ranks.gather("attach(): urls", self._base_url, config.start_timeout)
             self._base_urls = list(dict.fromkeys(urls))
         except BaseException:
@@ -168,7 +172,7 @@ class RolloutServer:
         and for weights that are the trainer's), `resident` host memory of the engine's processes,
         and with offload_optimizer `optimizer`, the state that is parked in host memory. In a group
         of ranks, the engine's on this rank's device; `resident` is the first one's."""
-        given_back = self.state is State.ASLEEP
+        given_back = self.state in (State.ASLEEP, State.DOWN)
         told = self._engine.description
         parked = {} if self._offload is None else {"optimizer": self._offload.parked_bytes}
         return parked | {
@@ -191,7 +195,7 @@ class RolloutServer:
         that sleeps wakes up.
         """
         self._box.require_open()
-        if self.state is not State.ASLEEP:
+        if self.state not in (State.ASLEEP, State.DOWN):
             return self._journal.sync(self._sync.push)
         self._make_room()
         try:
@@ -275,7 +279,6 @@ class RolloutServer:
             await self._gate.passage()
         except GateTimeout as late:
             raise StateError(str(late)) from None
-        self._engine.require_alive()
         first, self._request = self._request, self._request + len(prompts)
         tasks = [
             asyncio.ensure_future(self._engine.generate(ids, fields, f"generate-{first + i}"))
@@ -361,7 +364,7 @@ class RolloutServer:
         name = "logprob_mean_absolute_difference_nats"
         self._journal.metrics.set(name, nats, sampled=sampled)
 
-    def _watch(self) -> None:
+    def _show(self) -> None:
         """What metrics are read from."""
         read = self._journal.metrics.read
         read("gate_held_requests", lambda: self._gate.held)
@@ -402,6 +405,7 @@ class RolloutServer:
         self._loop.stop(patience)
         if self._sock is not None:
             self._sock.close()
+        self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._journal.happened("closed")
 
@@ -454,10 +458,11 @@ class RolloutServer:
         port = self._sock.getsockname()[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
-    def _sharing(self, source: Source) -> contextlib.AbstractContextManager:
+    def _sharing(self, source: Source | None = None) -> contextlib.AbstractContextManager:
+        """While an engine starts; without `source` for one that takes another's place."""
         if self._shared is None:
             return contextlib.nullcontext()
-        return self._shared.answering(self._folder, source.tensors)
+        return self._shared.answering(self._folder, {} if source is None else source.tensors)
 
     def _rest_while_stepping(self) -> None:
         """With common memory, or an optimizer whose state is parked, a step finds the engine
@@ -485,8 +490,18 @@ class RolloutServer:
             engine = await join_group(engine, self._policy, config, self._group)
         self._engine = engine
         self._gate = Gate(config.hold_timeout, self._journal.metrics)
-        self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate, self._journal)
-        self._watch()
+        self._lifecycle = Lifecycle(
+            config, self._engine, self._box, self._gate, self._journal, self._sharing
+        )
+        self._show()
+
+    def _look_after_the_engine(self) -> None:
+        if not self._config.restarts:
+            return
+        self._engine.let_requests_wait()
+        restore = self._sync.restore if self._sync.restorable else None
+        watching = watch(self._config, self._engine, self._lifecycle, self._box, restore)
+        self._loop.submit(watching, "watching the engine")
 
     def _try_out(self) -> None:
         """Sample one token: some models load well and fail at the first forward pass."""

@@ -2,9 +2,11 @@
 
     starting -> awake <-> closing_gate -> asleep -> waking -> syncing -> awake
                 awake  -> closing_gate -> syncing -> awake
+                awake and any on the way to it -> down -> waking -> syncing -> awake
 
-Any state may end in `broken` (the engine died or a transition failed half-way; only `close()`
-is left) and any state ends in `closed`.
+`down`: the engine has died; requests wait for the next one, which `waking` starts. (One that dies
+asleep stays asleep: it is started anew when it is to wake.) Any state may end in `broken`, with
+restarts used up or weights half written, where only `close()` is left; and any ends in `closed`.
 """
 
 import enum
@@ -20,17 +22,19 @@ class State(enum.StrEnum):
     ASLEEP = "asleep"
     WAKING = "waking"
     SYNCING = "syncing"
+    DOWN = "down"
     BROKEN = "broken"
     CLOSED = "closed"
 
 
 _NEXT = {
     State.STARTING: {State.SYNCING},
-    State.AWAKE: {State.CLOSING_GATE},
-    State.CLOSING_GATE: {State.ASLEEP, State.SYNCING, State.AWAKE},
+    State.AWAKE: {State.CLOSING_GATE, State.DOWN},
+    State.CLOSING_GATE: {State.ASLEEP, State.SYNCING, State.AWAKE, State.DOWN},
     State.ASLEEP: {State.WAKING},
-    State.WAKING: {State.SYNCING},
-    State.SYNCING: {State.AWAKE, State.ASLEEP},
+    State.WAKING: {State.SYNCING, State.DOWN},
+    State.SYNCING: {State.AWAKE, State.ASLEEP, State.DOWN},
+    State.DOWN: {State.WAKING, State.ASLEEP},
     State.BROKEN: set(),
     State.CLOSED: set(),
 }

@@ -31,8 +31,11 @@ from rollout_server.engine.plan import Part, TensorSpec
 from rollout_server.errors import (
     ConfigError,
     DeadlineError,
+    EngineDeadError,
+    EngineTimeoutError,
     NotAvailableError,
     RolloutServerError,
+    StateError,
     UnsupportedModelError,
     WeightSyncError,
     first_line,
@@ -45,6 +48,8 @@ from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Adapter, Source, require_same
 from rollout_server.weights.staging import Staging, Wanted
 from rollout_server.weights.transport import Exporter
+
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -105,34 +110,64 @@ class WeightSync:
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
         self._frozen: tuple | None = None  # what frozen tensors the engine was given
+        self._stamp: Any = None  # of the policy, when its weights were last sent
         if shared is not None:
             self.path, self.reason = "share", ""
         else:
             self.path, self.reason = _path(config, engine.description)
 
     def push(self) -> SyncReport:
-        """Give the engine the policy's weights as they are now; wakes it if it sleeps."""
+        """Give the engine the policy's weights as they are now; wakes it if it sleeps.
+
+        Where there is one rank, an engine that dies on the way is started anew, and takes them all.
+        """
         started = time.perf_counter()
         with self._turn():
-            verify = self._due()
-            with self._together("sync_weights()"):
-                source = self._look(verify)
-            sync: SyncTransition | None = None
-            try:
-                with self._together("sync_weights(): bringing the engine to rest"):
-                    sync = self._call(self._lifecycle.begin_sync())
-                with self._together("sync_weights(): writing"):
-                    size, tensors = self._put(source, sync)
-                    if verify:
-                        self._compare(source, sync.read)
-                version = self._call(sync.commit())
-            except BaseException as error:
-                if sync is not None:
-                    self._call(sync.abort(first_line(error)))
-                raise
-            finally:
-                self._tidy(source)
-            self._syncs += 1
+            while True:
+                try:
+                    return self._push(started, self._due())
+                except (EngineDeadError, EngineTimeoutError):
+                    if self._ranks.size > 1 or not self._lifecycle.down:
+                        raise
+
+    def restore(self) -> None:
+        """The engine is down: start another, with the policy's weights as they are now.
+
+        If these have changed since the last sync, that is a new version. Nothing happens where the
+        engine isn't down any more.
+        """
+        with self._turn():
+            while self._lifecycle.down:
+                with contextlib.suppress(EngineDeadError, EngineTimeoutError, StateError):
+                    self._push(time.perf_counter(), verify=False, restoring=True)
+
+    def _push(self, started: float, verify: bool, restoring: bool = False) -> SyncReport:
+        together = contextlib.nullcontext if restoring else self._together
+        with together("sync_weights()"):
+            source = self._look(verify)
+        sync: SyncTransition | None = None
+        try:
+            with together("sync_weights(): bringing the engine to rest"):
+                sync = self._call(self._lifecycle.begin_sync(restoring))
+            if sync.fresh:
+                self._exporter, self._frozen = Exporter(), None
+                verify = self._config.colocate != "resident"  # whose trainer may be at a step
+            same = restoring and self._policy.stamp() == self._stamp
+            with together("sync_weights(): writing"):
+                size, tensors = (
+                    self._put_whole(source, sync) if restoring else self._put(source, sync)
+                )
+                if verify:
+                    self._compare(source, sync.read)
+            version = self._call(sync.commit(same))
+            self._stamp = self._policy.stamp()
+        except BaseException as error:
+            if sync is not None:
+                self._call(sync.abort(error))
+            raise
+        finally:
+            self._tidy(source)
+        self._syncs += 1
         return SyncReport(
             version=version,
             bytes=size,
@@ -189,6 +224,17 @@ class WeightSync:
         self._frozen = source.frozen_state
         return done
 
+    def _put_whole(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
+        """As `_put`, beside a trainer that may be in an optimizer step: then once more."""
+        for _ in range(_TRIES):
+            before = self._policy.stamp()
+            done = self._put(source, sync)
+            if source.staged_from is not None or self._policy.stamp() == before:
+                return done
+        raise WeightSyncError(
+            f"the policy's weights changed each of {_TRIES} times that they were copied"
+        )
+
     def _write_rest(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
         rest = self._shared.rest(source)
         return self._write(rest.parts(self._staging), rest, sync)
@@ -201,7 +247,7 @@ class WeightSync:
 
     def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> tuple[int, int]:
         """The adapter's tensors; vLLM's buffers are made anew at first and after each sleep."""
-        fresh = sync.was_asleep or self._syncs == 0
+        fresh = sync.was_asleep or sync.fresh or self._syncs == 0
         message = self._exporter.export(adapter.part())
         scaling = dict(adapter.scaling)
         work = sync.write(lambda engine: engine.write_adapter(message, scaling, fresh))
@@ -271,6 +317,13 @@ class WeightSync:
     async def _read(self, work: Callable) -> Any:
         async with self._lifecycle.reading() as engine:
             return await work(engine)
+
+    @property
+    def restorable(self) -> bool:
+        """Whether `restore` can read the policy at any time, whatever the trainer does."""
+        source = self._policy.source(self._config.peft)
+        merged = source.staged_from is not None and self._config.colocate == "resident"
+        return not source.collective and not merged
 
     def _due(self) -> bool:
         every = self._config.verify_every

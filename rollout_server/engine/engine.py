@@ -5,15 +5,17 @@ Every coroutine here runs on the server's loop, where the client was made.
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import psutil
 
 from rollout_server.engine import compat
+from rollout_server.engine.loop import Keeper
 from rollout_server.engine.plan import Message
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import engine_children
@@ -37,18 +39,24 @@ _LIVENESS_PERIOD = 0.5
 
 
 class Engine:
-    """A running engine. Made by `Engine.start`, ended by `close`.
+    """A running engine. Made by `Engine.start`, ended by `close`; `restart` brings up another in
+    the place of one that died.
 
     workers: what each says of itself, see `WeightReceiver`; description: the same of all of them.
     """
 
-    def __init__(self, client: Any, log: str, peak: PeakUsage):
+    def __init__(
+        self, client: Any, peak: PeakUsage, children: Callable, log: str, pids: list[int]
+    ):  # fmt: skip
         self.client = client
         self._peak = peak
         self.workers: list[dict[str, Any]] = []
         self.description: dict[str, Any] = {}
+        self._children = children
         self._log = log
-        self._processes = [psutil.Process(p) for p in _core_pids(client)]
+        self._pids = pids
+        self._keeper: Keeper | None = None
+        self._processes = _processes(client)
 
     @classmethod
     async def start(
@@ -65,13 +73,15 @@ class Engine:
         `ConfigError`, `OutOfMemoryError` or `EngineStartError`; no process is left behind then.
         """
         peak = PeakUsage()
-        with engine_children(log, variables, pids):
+        children = functools.partial(engine_children, log, variables, pids)
+        with children():
             try:
                 config = _vllm_config(arguments)
                 from vllm.usage.usage_lib import UsageContext
-                from vllm.v1.engine.async_llm import AsyncLLM
 
-                client = AsyncLLM.from_vllm_config(
+                from rollout_server.engine.client import Client
+
+                client = Client.from_vllm_config(
                     config,
                     usage_context=UsageContext.OPENAI_API_SERVER,
                     stat_loggers=[stat_logger(peak)],
@@ -82,10 +92,9 @@ class Engine:
             except Exception as error:
                 kill_trees(pids)
                 raise _start_error(error, log) from error
-        engine = cls(client, log, peak)
+        engine = cls(client, peak, children, log, pids)
         try:
-            engine.workers = await engine._on_workers("rollout_describe")
-            engine.description = _merged(engine.workers)
+            await engine._describe()
             if refused := engine.description["refused"]:
                 raise UnsupportedModelError(
                     "vLLM's model and the policy don't have the same tensors; attach a model whose "
@@ -101,6 +110,59 @@ class Engine:
             raise
         return engine
 
+    async def restart(self) -> None:
+        """Start another engine in the place of the one that died, `kill`ed first. It has no weights
+        yet, and no requests until `readmit`. Raises `EngineStartError`."""
+        self.kill()
+        keeper = Keeper()
+        try:
+            core = await keeper.call(self._start_core)
+        except BaseException as error:
+            self.kill()
+            keeper.stop()
+            if not isinstance(error, Exception):
+                raise
+            raise _start_error(error, self._log) from error
+        self._keeper = keeper
+        self.client.use_core(core)
+        self._processes = _processes(self.client)
+        await self._describe()
+
+    def _start_core(self) -> Any:
+        with self._children():
+            return self.client.start_core()
+
+    async def _describe(self) -> None:
+        self.workers = await self._on_workers("rollout_describe")
+        self.description = _merged(self.workers)
+
+    def kill(self) -> None:
+        """End whatever is left of the engine's processes, at once."""
+        _kill(self._tree())
+        kill_trees(self._pids)
+        self._pids.clear()  # their numbers may be given to other processes
+        with contextlib.suppress(Exception):
+            self.client.engine_core.shutdown(timeout=0)
+        if self._keeper is not None:
+            self._keeper.stop()
+
+    async def readmit(self) -> None:
+        """Let requests run on the engine that was restarted."""
+        await self._alive(self.client.readmit())
+
+    def give_up(self, why: str) -> None:
+        """There won't be another engine: requests that wait for one fail."""
+        self.client.give_up(why)
+
+    def let_requests_wait(self) -> None:
+        """Requests outlive the engine that runs them from now on: when it dies, `restart` or
+        `give_up` follows."""
+        self.client.durable = True
+
+    async def ping(self) -> None:
+        """Return when the engine answers."""
+        await self._on_workers("rollout_ping")
+
     @property
     def pid(self) -> int:
         """Process id of the engine core."""
@@ -112,7 +174,15 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        return self.client.errored or not all(p.is_running() for p in self._processes)
+        return self.client.core_dead or not all(_runs(p) for p in self._processes)
+
+    @property
+    def condition(self) -> str:
+        """What its process does, for errors: "running", "stopped", "ended", ..."""
+        try:
+            return f"process {self.pid} is {self._processes[0].status()}"
+        except psutil.Error:
+            return f"process {self.pid} has ended"
 
     @property
     def running(self) -> int:
@@ -139,8 +209,8 @@ class Engine:
         if self.dead:
             log = self.log_tail()
             raise EngineDeadError(
-                f"the engine has ended ({_cause(log) or 'its log names no cause'}); close() the "
-                f"server and attach() again. The end of its log:\n{log}"
+                f"the engine has ended ({_cause(log) or 'its log names no cause'}). "
+                f"The end of its log:\n{log}"
             )
 
     async def generate(
@@ -150,6 +220,8 @@ class Engine:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        if not self.client.durable:
+            self.require_alive()
         params = sampling_params(fields)
         params.output_kind = RequestOutputKind.FINAL_ONLY
         try:
@@ -256,9 +328,12 @@ class Engine:
     def close(self, timeout: float) -> None:
         """End the engine's processes, with SIGKILL past `timeout` seconds."""
         tree = self._tree()
+        self.give_up("the server is closed")
         with contextlib.suppress(Exception):
             self.client.shutdown(timeout=timeout)
         _kill(tree)
+        if self._keeper is not None:
+            self._keeper.stop()
 
 
 def kill_trees(pids: list[int]) -> None:
@@ -336,8 +411,15 @@ def _first_lines(text: str, count: int = 4) -> str:
     return " ".join(line.strip() for line in text.strip().splitlines()[:count])
 
 
-def _core_pids(client: Any) -> list[int]:
-    return [p.pid for p in client.engine_core.resources.engine_manager.processes]
+def _processes(client: Any) -> list[psutil.Process]:
+    manager = client.engine_core.resources.engine_manager
+    return [psutil.Process(p.pid) for p in manager.processes]
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _kill(processes: list[psutil.Process]) -> None:

@@ -7,6 +7,7 @@ this loop. Other threads hand it coroutines through `call`, always with a deadli
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -27,21 +28,49 @@ async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
     that was given up doesn't hold up the end of the process."""
     loop = asyncio.get_running_loop()
     future = loop.create_future()
+    run = functools.partial(_settle, loop, future, functools.partial(work, *args))
+    threading.Thread(target=run, name="rollout-wait", daemon=True).start()
+    return await future
+
+
+class Keeper:
+    """A thread that does one thing and then lives on until `stop`: the processes that it started
+    die with it (PR_SET_PDEATHSIG)."""
+
+    def __init__(self):
+        self._ended = threading.Event()
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns or raises; once."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def run() -> None:
+            _settle(loop, future, work)
+            self._ended.wait()
+
+        threading.Thread(target=run, name="rollout-engine", daemon=True).start()
+        return await future
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+def _settle(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future, work: Callable[[], Any]
+) -> None:
+    """Do `work` and tell its outcome to a future of another thread's loop."""
 
     def settle(method: Callable[[Any], None], value: Any) -> None:
         if not future.done():
             method(value)
 
-    def run() -> None:
-        try:
-            outcome = future.set_result, work(*args)
-        except BaseException as error:
-            outcome = future.set_exception, error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="rollout-wait", daemon=True).start()
-    return await future
+    try:
+        outcome = future.set_result, work()
+    except BaseException as error:
+        outcome = future.set_exception, error
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(settle, *outcome)
 
 
 class LoopThread:

@@ -33,6 +33,10 @@ class Gate:
     def is_open(self) -> bool:
         return self._shut is None and self._open.is_set()
 
+    @property
+    def why_shut(self) -> str | None:
+        return self._shut
+
     def open(self) -> None:
         self._open.set()
 

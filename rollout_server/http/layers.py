@@ -56,4 +56,20 @@ class Hold:
                 return
             finally:
                 note(scope).held = time.perf_counter() - started
+            send = _telling_why(send, self._gate)
         await self._app(scope, receive, send)
+
+
+def _telling_why(send, gate: Gate):
+    """A `send` that puts the reason in the place of a 500 that comes of a gate shut for good."""
+    instead = False
+
+    async def tell(message):
+        nonlocal instead
+        if message["type"] == "http.response.start" and message["status"] == 500 and gate.why_shut:
+            instead = True
+            await send_error(send, 503, gate.why_shut, "service_unavailable")
+        elif not instead:
+            await send(message)
+
+    return tell

@@ -64,6 +64,9 @@ class WeightReceiver:
             "dtypes": plan.dtypes() if usable else {},
         }
 
+    def rollout_ping(self) -> None:
+        """Answered between two steps of the engine."""
+
     @_failing_as_text
     def rollout_write(self, message: Message) -> dict:
         """Copy one part of the trainer's tensors to where the plan has them.

@@ -41,11 +41,14 @@ class SharedWeights:
 
     def __init__(self):
         self._views: dict[str, torch.Tensor] = {}
+        self._layout: Layout | None = None
+        self._slots: list[torch.Tensor] = []
         self.copied: list[str] = []
 
     @contextlib.contextmanager
     def answering(self, folder: str, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """While the engine starts: move `tensors` to where it asks, and tell it the handles.
+        """While the engine starts: move `tensors` to where it asks, and tell it the handles. One
+        that takes another's place asks for the same, where they are.
 
         folder: of the server; takes the address and its key.
         """
@@ -81,6 +84,10 @@ class SharedWeights:
     @torch.no_grad()
     def _move(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> list:
         """Allocate, copy, rebind; slot by slot, so that little is there twice."""
+        if self._layout is not None:
+            if layout != self._layout:
+                raise RuntimeError("the engine wants another layout than the one before it")
+            return [handle(memory.untyped_storage()) for memory in self._slots]
         inside: dict[int, list[str]] = {}
         for name, place in layout.places.items():
             inside.setdefault(place.slot, []).append(name)
@@ -98,11 +105,12 @@ class SharedWeights:
                 view.copy_(tensors[name])
                 tensors[name].data = view
             handles.append(handle(memory.untyped_storage()))
+            self._slots.append(memory)
         if device.type == "cuda":
             # The engine reads next, and sizes its KV cache by what is free.
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
-        self.copied = layout.copied
+        self.copied, self._layout = layout.copied, layout
         return handles
 
     @torch.no_grad()

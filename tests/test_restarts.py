@@ -1,0 +1,187 @@
+"""Engines that die or hang, and what becomes of requests. Each test but the last takes one of the
+server's restarts, so they run in their order."""
+
+import os
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+from support import MIB, greedy, large_step
+from test_agent_clients import goes_on
+from transformers import AutoModelForCausalLM
+
+from rollout_server import attach
+from rollout_server.errors import EngineDeadError, StateError
+from rollout_server.restarts import Restarts
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
+GRAMMAR = "[ab]{150}"
+PROMPT = [21, 22, 23]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def mortal(policy, tokenizer):
+    with attach(
+        policy, tokenizer, kv_cache_memory_bytes=128 * MIB, hold_timeout=300, liveness_timeout=4,
+        max_restarts=3, progress=False,
+    ) as server:  # fmt: skip
+        yield server
+
+
+def kill(server, how=signal.SIGKILL):
+    os.kill(server.engine_pid, how)
+
+
+def wait_for(server, *states, seconds=120):
+    until = time.monotonic() + seconds
+    while server.state not in states:
+        assert time.monotonic() < until, f"still {server.state}"
+        time.sleep(0.02)
+
+
+def streamed(server, running):
+    """A streamed completion's ids and text; `running` is set once it is under way."""
+    ids, text = [], ""
+    with server.openai() as client:
+        events = client.completions.create(
+            model="policy", prompt=PROMPT, stream=True, max_tokens=200, temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+        for event in events:
+            for choice in event.choices:
+                ids, text = ids + (choice.token_ids or []), text + choice.text
+            if len(ids) > 5:
+                running.set()
+    return ids, text
+
+
+def ask(server, tokens=2):
+    """The answer to a completion request."""
+    asked = {"model": "policy", "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+    headers = {"authorization": f"Bearer {server.api_key}"}
+    return httpx.post(f"{server.base_url}/completions", json=asked, headers=headers, timeout=200)
+
+
+def by_grammar(server):
+    """A chat answer whose grammar is a regular expression."""
+    with server.openai() as client:
+        answer = client.chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": "Letters?"}], max_tokens=400,
+            extra_body={"structured_outputs": {"regex": GRAMMAR}},
+        )  # fmt: skip
+    return answer.choices[0].message.content
+
+
+def converse(session):
+    """Two turns, the first of them long."""
+    messages = []
+    with session.openai() as client:
+        for tokens in (150, 4):
+            messages.append({"role": "user", "content": "Go on."})
+            answer = client.chat.completions.create(
+                model="policy", messages=messages, max_tokens=tokens,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+
+
+def test_requests_go_on_when_the_engine_dies(mortal, policy):
+    (whole,) = mortal.generate(PROMPT, LONG)
+    version, pid, running = mortal.policy_version, mortal.engine_pid, threading.Event()
+    with ThreadPoolExecutor(8) as pool, mortal.session() as session:
+        stream = pool.submit(streamed, mortal, running)
+        direct = pool.submit(mortal.generate, PROMPT, LONG)
+        several = pool.submit(mortal.generate, PROMPT, LONG | {"n": 2, "temperature": 1})
+        grammar = pool.submit(by_grammar, mortal)
+        conversation = pool.submit(converse, session)
+        assert running.wait(60)
+        kill(mortal)
+        died = time.monotonic()
+        wait_for(mortal, "down", "waking", "syncing")
+        noticed = time.monotonic() - died
+        late = pool.submit(greedy, mortal, PROMPT)  # waits for the next engine
+        assert stream.result(200) == (whole.ids, whole.text)
+        (completion,) = direct.result(200)
+        assert completion.ids == whole.ids and completion.finish_reason == "length"
+        assert torch.allclose(
+            torch.tensor(completion.logprobs), torch.tensor(whole.logprobs), atol=1e-3
+        )
+        assert completion.versions == [(version, 0, 200)]
+        assert [(len(c.ids), len(c.logprobs)) for c in several.result(200)] == [(200, 200)] * 2
+        assert re.fullmatch(GRAMMAR, grammar.result(200))
+        assert late.result(200).ids == whole.ids[:12]
+        conversation.result(200)
+        assert goes_on(session)
+    assert noticed < 2
+    assert mortal.state == "awake" and mortal.engine_pid != pid
+    assert mortal.policy_version == version, "the weights are the same"
+    mortal.verify_weights()
+
+
+def test_one_that_dies_asleep_is_started_when_it_is_to_wake(mortal, policy):
+    mortal.sleep()
+    kill(mortal)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(ask, mortal)
+        time.sleep(1.5)
+        assert mortal.state == "asleep" and not held.done()
+        large_step(policy, PROMPT, seed=3)
+        mortal.wake()
+        assert held.result(60).status_code == 200
+    mortal.verify_weights()
+
+
+def test_one_that_hangs_is_ended(mortal):
+    version = mortal.policy_version
+    kill(mortal, signal.SIGSTOP)
+    (completion,) = mortal.generate(PROMPT, {"max_tokens": 4, "ignore_eos": True})
+    assert completion.versions == [(version, 0, 4)] and mortal.state == "awake"
+
+
+def test_when_the_restarts_are_used_up_all_are_told(mortal):
+    with ThreadPoolExecutor(4) as pool:
+        running = threading.Event()
+        stream = pool.submit(streamed, mortal, running)
+        direct = pool.submit(mortal.generate, PROMPT, LONG)
+        asked = pool.submit(ask, mortal, tokens=200)
+        assert running.wait(60)
+        kill(mortal)
+        with pytest.raises(EngineDeadError):
+            direct.result(10)
+        with pytest.raises(openai.APIError, match="engine"):
+            stream.result(10)
+        assert asked.result(10).status_code == 503
+        assert "engine" in asked.result().json()["error"]["message"]
+    assert mortal.state == "broken"
+    assert ask(mortal).status_code == 503
+    for call in (mortal.sync_weights, mortal.sleep, lambda: mortal.generate(PROMPT)):
+        with pytest.raises(StateError, match="broken"):
+            call()
+
+
+def test_the_restarts_of_the_last_hour_count():
+    now = 0.0
+    restarts = Restarts(3, clock=lambda: now)
+    assert restarts.delay() == 0
+    restarts.failed()
+    assert restarts.delay() == 1
+    restarts.failed()
+    assert restarts.delay() == 2
+    restarts.succeeded()
+    assert not restarts.left
+    with pytest.raises(EngineDeadError, match="max_restarts=3"):
+        restarts.delay()
+    now = 3601.0
+    assert restarts.delay() == 0 and restarts.count == 1
