@@ -7,8 +7,8 @@
 
 All is standard logging: nothing is shown but what the user's own handlers and levels ask for.
 Where there are none, logging itself prints the warnings of the first; failures of the other two
-are answered, or raised, to whom they concern. Each record has its facts as attributes, `event` first, as given in
-`extra`. Secrets are taken out before a handler sees a record.
+are answered, or raised, to whom they concern. Each record has its facts as attributes, `event`
+first, as given in `extra`. Secrets are taken out before a handler sees a record.
 """
 
 import datetime
