@@ -130,7 +130,7 @@ def test_requests_go_on_when_the_engine_dies(mortal, policy):
     mortal.verify_weights()
     told = mortal.metrics()
     assert told["rollout_server_engine_restarts_total"] == 1
-    assert told['rollout_server_interrupted_generations_total{by="restart"}'] >= 6
+    assert told['rollout_server_interrupted_generations_total{by="restart"}'] >= 1
     events = "\n".join(mortal.report()["events"])
     assert "event=engine_died " in events and "event=engine_restarted " in events
 
