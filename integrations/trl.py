@@ -131,10 +131,11 @@ class EngineGeneration:
     def log_difference(self, batch: dict[str, Any]) -> None:
         """Log how far the engine's log-probabilities are from the trainer's, per token; apart from
         the others, tokens sampled under a grammar, of which the trainer knows nothing."""
-        for name, of_masked in (("logp_difference", False), ("logp_difference_masked", True)):
-            difference = logp_difference(batch, self.sampled, self.masked, of_masked)
+        for name, grammar in (("logp_difference", False), ("logp_difference_masked", True)):
+            difference = logp_difference(batch, self.sampled, self.masked, grammar)
             if difference is not None:
                 self.log(name, difference)
+                self._server.note_logprob_difference(difference, grammar=grammar)
 
     def log(self, name: str, value: float) -> None:
         """Put a number into the trainer's log, as `rollout/name`."""

@@ -5,13 +5,25 @@ from rollout_server import attach
 server = attach(trainer)            # or attach(model, tokenizer)
 """
 
-from rollout_server.attach import attach
-from rollout_server.completion import Completion
-from rollout_server.config import RolloutConfig
-from rollout_server.errors import RolloutServerError
-from rollout_server.server import RolloutServer
-from rollout_server.state import State
-from rollout_server.sync import SyncReport
+try:
+    from rollout_server.attach import attach
+    from rollout_server.completion import Completion
+    from rollout_server.config import RolloutConfig
+    from rollout_server.errors import RolloutServerError
+    from rollout_server.server import RolloutServer
+    from rollout_server.state import State
+    from rollout_server.sync import SyncReport
+except Exception as _error:  # a broken installation; rollout_server.doctor must still run in it
+    _broken = _error
+
+    def __getattr__(name):
+        if name in __all__:
+            raise ImportError(
+                f"rollout_server can't be imported: {type(_broken).__name__}: {_broken}; "
+                "`python -m rollout_server.doctor` says what to do"
+            ) from _broken
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 __all__ = [

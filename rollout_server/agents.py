@@ -7,7 +7,6 @@ session. One that raises or takes too long costs its own rollout, not the others
 
 import asyncio
 import inspect
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,8 @@ from typing import Any
 
 from rollout_server.engine.loop import in_thread
 from rollout_server.errors import ConfigError
+from rollout_server.logs import GENERAL
 from rollout_server.trajectories.session import Session
-
-logger = logging.getLogger("rollout_server")
 
 Agent = Callable[[Session, Any], Any]
 
@@ -108,7 +106,10 @@ async def _one(
     finally:
         session.end()
     if error is not None:
-        logger.warning("a rollout failed: %s: %s", type(error).__name__, error, exc_info=error)
+        GENERAL.warning(
+            "a rollout failed: %s: %s", type(error).__name__, error, exc_info=error,
+            extra={"event": "rollout_failed", "session": session.number},
+        )  # fmt: skip
     return Outcome(session, error, time.monotonic() - started)
 
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from rollout_server.engine.engine import Engine
+from rollout_server.engine.engine import LOG_LINES, Engine
 from rollout_server.engine.loop import in_thread
 from rollout_server.errors import DeadlineError, StateError
 from rollout_server.ranks import Ranks
@@ -65,6 +65,15 @@ class GroupEngine:
     def resident_bytes(self) -> int:
         """Resident host memory of the engine's processes, which are the first rank's."""
         return 0 if self._engine is None else self._engine.resident_bytes
+
+    @property
+    def running(self) -> int:
+        """As `Engine`'s, on the first rank; 0 on others."""
+        return 0 if self._engine is None else self._engine.running
+
+    def log_tail(self, lines: int = LOG_LINES) -> str:
+        """As `Engine`'s, on the first rank; empty on others."""
+        return "" if self._engine is None else self._engine.log_tail(lines)
 
     def take_kv_cache_peak(self) -> float:
         """As `Engine`'s, on the first rank; 0 on others."""

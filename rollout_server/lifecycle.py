@@ -18,7 +18,6 @@ and can't be undone marks the server broken and tells every held request.
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
@@ -37,17 +36,16 @@ from rollout_server.errors import (
 )
 from rollout_server.group import of_first
 from rollout_server.http.gate import Gate
+from rollout_server.journal import Journal
 from rollout_server.restarts import Restarts
 from rollout_server.state import State, StateBox
-
-logger = logging.getLogger("rollout_server")
 
 
 class Lifecycle:
     """Runs on the server's loop. Owns the transitions and the policy version."""
 
     def __init__(
-        self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate,
+        self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate, journal: Journal,
         beside_start: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):  # fmt: skip
         """beside_start: what the trainer's side does while an engine starts anew."""
@@ -55,6 +53,7 @@ class Lifecycle:
         self._engine = engine
         self._box = box
         self._gate = gate
+        self._journal = journal
         self._beside_start = beside_start
         self._turn = asyncio.Lock()
         self._left: asyncio.Future | None = None
@@ -115,15 +114,16 @@ class Lifecycle:
             self._box.require_open()
             if self._box.state is State.ASLEEP:
                 return
-            try:
-                if not self.down:
-                    await self._rest()
-                    await self._fall_asleep()
-            except (EngineDeadError, EngineTimeoutError):
-                if not self.down:
-                    raise
-            if self.down:  # its memory is free; it is started anew when it is to wake
-                self._box.move(State.ASLEEP)
+            with self._journal.sleeping():
+                try:
+                    if not self.down:
+                        await self._rest()
+                        await self._fall_asleep()
+                except (EngineDeadError, EngineTimeoutError):
+                    if not self.down:
+                        raise
+                if self.down:  # its memory is free; it is started anew when it is to wake
+                    self._box.move(State.ASLEEP)
 
     async def _fall_asleep(self) -> None:
         with self._breaking("falling asleep"):
@@ -135,17 +135,18 @@ class Lifecycle:
         """Start engines until one runs; `EngineDeadError` when the restarts are used up."""
         while True:
             await asyncio.sleep(self.restarts.delay())
-            logger.warning("the engine has died and is started anew")
+            started = time.perf_counter()
             try:
                 with self._beside_start():
                     async with asyncio.timeout(self._config.start_timeout):
                         await self._engine.restart()
                 self.restarts.succeeded()
+                self._journal.restarted(time.perf_counter() - started)
                 return
             except (EngineStartError, EngineDeadError, TimeoutError) as error:
                 self._engine.kill()
                 self.restarts.failed()
-                logger.warning("the engine didn't start anew: %s", first_line(error))
+                self._journal.not_restarted(first_line(error))
 
     async def _rest(self) -> None:
         """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
@@ -200,13 +201,14 @@ class Lifecycle:
         if not (lost and self.restarts.left and self.version >= 0):
             self._break(why)
             return
-        logger.warning("the engine is lost: %s", why)
+        self._journal.died(why)
         self._gate.close()
         self._engine.kill()
         self._box.move(State.DOWN)
 
     def _break(self, why: str) -> None:
         self._box.break_(why)
+        self._journal.broke(why)
         self._gate.shut(f"the engine is broken: {why}")
         self._engine.give_up(why)
 
@@ -386,6 +388,8 @@ class SyncTransition:
             await self.abort(StateError("its caller went away"))
 
     async def _resume(self) -> None:
+        by = "restart" if self.fresh else "sleep" if self.was_asleep else "sync"
+        self._life._journal.interrupted(self._engine.running, by)
         if self.was_asleep:
             await self._wake(self._engine.wake_kv_cache, "waking the KV cache")
         else:

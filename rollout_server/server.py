@@ -35,13 +35,18 @@ from rollout_server.http.calls import tap
 from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
+from rollout_server.http.scrape import Scrape
+from rollout_server.http.seen import Seen
 from rollout_server.http.sessions import Sessions
 from rollout_server.janitor import Janitor
+from rollout_server.journal import Journal
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.offload import OptimizerOffload
 from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
+from rollout_server.redact import remember
+from rollout_server.report import Report, report
 from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
@@ -62,9 +67,11 @@ class RolloutServer:
         self._policy = policy
         self._config = config
         self._box = StateBox()
+        self._journal = Journal()
         self._ranks = Ranks.join()
         key = config.api_key or secrets.token_urlsafe(32)
         self._api_key = self._ranks.gather("attach()", key, config.start_timeout)[0]
+        remember(self._api_key)
         self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
         self._pids: list[int] = []
         self._engine: Engine | GroupEngine | None = None
@@ -73,7 +80,8 @@ class RolloutServer:
         self._listener: Listener | None = None
         self._offload: OptimizerOffload | None = None
         self._request = 0
-        self._sessions = Sessions()
+        self._sessions = Sessions(self._journal)
+        self._log_tail = ""  # of an engine that has been closed
         self._on_close: list[Callable[[], None]] = []
         with self._ranks.together("attach()", config.start_timeout):
             self._group = self._ranks.group(config.tensor_parallel)
@@ -105,7 +113,7 @@ class RolloutServer:
                     policy, config, self._loop, self._engine, self._lifecycle, source.specs,
                     self._shared, self._ranks, self._group,
                 )  # fmt: skip
-                self._sync.push()
+                self._journal.sync(self._sync.push)
                 self._rest_while_stepping()
             with progress.step("sampling a first token"):
                 self._try_out()
@@ -188,10 +196,10 @@ class RolloutServer:
         """
         with self._open():
             if self.state not in (State.ASLEEP, State.DOWN):
-                return self._sync.push()
+                return self._journal.sync(self._sync.push)
             self._make_room()
             try:
-                return self._sync.push()
+                return self._journal.sync(self._sync.push)
             finally:
                 if self.state is State.ASLEEP and self._offload is not None:  # it didn't wake
                     self._offload.restore()
@@ -345,10 +353,49 @@ class RolloutServer:
                 "this rank's engine is served by its group's first rank; call session() there"
             )
         clients = self.openai, self.async_openai
-        session = Session(self.base_url, clients, self._sessions.remove, metadata)
+        session = Session(
+            self.base_url, clients, self._sessions.remove, metadata, self._journal.call_recorded
+        )
         session.on_sync, session.unmasked_logprobs = on_sync, unmasked_logprobs
         self._sessions.add(session)
         return session
+
+    # -- what it does -------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """The server's own metrics, by the names that `/metrics` gives them; in any state."""
+        return self._journal.metrics.values()
+
+    def report(self) -> Report:
+        """What to send with a bug report: `print(server.report())`. Without secrets; in any state,
+        and it never raises."""
+        return report(self)
+
+    def note_logprob_difference(self, nats: float, *, grammar: bool = False) -> None:
+        """Put into the metrics how far the trainer's log-probabilities are from the engine's.
+
+        nats: mean absolute difference per token; grammar: of tokens sampled under one, whose
+        log-probabilities are of another distribution than the trainer's.
+        """
+        sampled = "grammar" if grammar else "free"
+        name = "logprob_mean_absolute_difference_nats"
+        self._journal.metrics.set(name, nats, sampled=sampled)
+
+    def _show(self) -> None:
+        """What metrics are read from."""
+        read = self._journal.metrics.read
+        read("gate_held_requests", lambda: self._gate.held)
+        read("running_generations", lambda: self._engine.running)
+        read("sessions_open", lambda: len(self._sessions))
+        read("state", lambda: {state: state is self.state for state in State})
+        read("policy_version", lambda: self.policy_version)
+        read("http_connections", lambda: self._listener.connections)
+
+    def _engine_log(self) -> str:
+        """The end of it."""
+        if self._log_tail or self._engine is None:
+            return self._log_tail
+        return self._engine.log_tail()
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -370,12 +417,14 @@ class RolloutServer:
         patience = self._config.close_timeout
         with contextlib.suppress(Exception):
             self._loop.call(self._end(patience), patience * 3, "close()")
+        self._log_tail = self._engine_log()
         kill_trees(self._pids)
         self._loop.stop(patience)
         if self._sock is not None:
             self._sock.close()
         self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._journal.happened("closed")
 
     async def _end(self, patience: float) -> None:
         if hasattr(self, "_gate"):
@@ -457,8 +506,11 @@ class RolloutServer:
         if self._group.size > 1:
             engine = await join_group(engine, self._policy, config, self._group)
         self._engine = engine
-        self._gate = Gate(config.hold_timeout)
-        self._lifecycle = Lifecycle(config, self._engine, self._box, self._gate, self._sharing)
+        self._gate = Gate(config.hold_timeout, self._journal.metrics)
+        self._lifecycle = Lifecycle(
+            config, self._engine, self._box, self._gate, self._journal, self._sharing
+        )
+        self._show()
 
     def _look_after_the_engine(self) -> None:
         if not self._config.restarts:
@@ -485,13 +537,14 @@ class RolloutServer:
             tool_parser(config, self._policy.chat_template),
             config.reasoning_parser,
         )
+        app = Scrape(app, self._journal.metrics)
         client, version = self._engine.client, lambda: self._lifecycle.version
         tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
         app = layered(
             Generate(app, client, self._sampling, version), self._api_key, self._gate, version,
             self._sessions, self._names(), client.model_config.get_vocab_size(), self._sampling,
         )  # fmt: skip
-        self._listener = Listener(app, self._sock)
+        self._listener = Listener(Seen(app, self._journal, version), self._sock)
         await self._listener.start()
 
     def _names(self) -> list[str]:

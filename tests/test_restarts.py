@@ -129,6 +129,11 @@ def test_requests_go_on_when_the_engine_dies(mortal, policy):
     assert mortal.state == "awake" and mortal.engine_pid != pid
     assert mortal.policy_version == version, "the weights are the same"
     mortal.verify_weights()
+    told = mortal.metrics()
+    assert told["rollout_server_engine_restarts_total"] == 1
+    assert told['rollout_server_interrupted_generations_total{by="restart"}'] >= 1
+    events = "\n".join(mortal.report()["events"])
+    assert "event=engine_died " in events and "event=engine_restarted " in events
 
 
 def test_one_that_dies_asleep_is_started_when_it_is_to_wake(mortal, policy):

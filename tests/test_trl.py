@@ -1,12 +1,14 @@
 """TRL's trainers with an attached server."""
 
 import itertools
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rollout_server.integrations.trl import logp_difference, recognises
+from rollout_server.integrations.trl import EngineGeneration, logp_difference, recognises
 from support import MIB, trl_settings
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
@@ -79,6 +81,9 @@ def test_training(make_trainer, trainer, config, options):
             assert values(trainer, f"rollout/{key}"), key
         assert bool(values(trainer, "rollout/seconds_sleep")) == sleeps
         assert max(values(trainer, "rollout/logp_difference")) < 1e-3
+        name = 'rollout_server_logprob_mean_absolute_difference_nats{sampled="free"}'
+        logged = values(trainer, "rollout/logp_difference")
+        assert server.metrics()[name] == pytest.approx(logged[-1], abs=1e-5)
         assert min(values(trainer, "rollout/kv_cache_usage")) > 0
         versions = values(trainer, "rollout/policy_version")
         assert versions == sorted(versions) and versions[-1] > versions[0]
@@ -225,3 +230,41 @@ def test_the_difference_of_tokens_under_a_grammar_is_apart():
     assert logp_difference(rloo, sums, everything) is None
     assert logp_difference(rloo, sums, everything, of_masked=True) == pytest.approx(0.75)
     assert logp_difference(rloo, sums, [[], [(0, 1)]]) == pytest.approx(1)
+
+
+def generation(**generation_kwargs):
+    """An `EngineGeneration` and the differences that it tells its server."""
+    told = {}
+    trainer = SimpleNamespace(
+        temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0,
+        max_completion_length=8, args=SimpleNamespace(generation_kwargs=generation_kwargs),
+        model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+
+    def note(nats, *, grammar):
+        told["grammar" if grammar else "free"] = nats
+
+    return EngineGeneration(trainer, SimpleNamespace(note_logprob_difference=note)), told
+
+
+def test_tokens_under_a_grammar_are_compared_apart():
+    """Their log-probabilities are of another distribution than the trainer's."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    gaps = torch.tensor([[0.1, 2.0, 4.0], [0.3, 0.2, 9.0]])
+    batch = {"completion_mask": mask, "old_per_token_logps": gaps,
+             "sampling_per_token_logps": torch.zeros(2, 3)}  # fmt: skip
+    whole = pytest.approx((0.1 + 2.0 + 4.0 + 0.3 + 0.2) / 5)
+    one, told = generation()
+    one.log_difference(batch)
+    assert told == {"free": whole}
+    one, told = generation(structured_outputs={"regex": "[ab]+"})
+    one.log_difference(batch)
+    assert told == {"grammar": whole}
+    one, told = generation()
+    one.masked = [[(1, 3)], []]  # of an agent's rows
+    one.log_difference(batch)
+    assert told == {"free": pytest.approx(0.2), "grammar": pytest.approx(3.0)}
+    one.masked = [[], []]
+    told.clear()
+    one.log_difference(batch)
+    assert told == {"free": whole}

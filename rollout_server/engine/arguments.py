@@ -13,7 +13,7 @@ from rollout_server.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
 # A socket's path may have 107 characters; vLLM's names have 36.
-_SOCKET_FOLDER = 107 - 36 - 1
+SOCKET_FOLDER = 107 - 36 - 1
 WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
 LOAD_FORMAT = "rollout_server"
 CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
@@ -80,7 +80,7 @@ def temporary_folder() -> str:
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         with contextlib.suppress(OSError):
             folder = tempfile.mkdtemp(prefix="rollout_server-", dir=parent)
-            if len(folder) <= _SOCKET_FOLDER:
+            if len(folder) <= SOCKET_FOLDER:
                 return folder
             os.rmdir(folder)
     raise ConfigError(

@@ -99,6 +99,13 @@ def lora_name_mapper(model: Any) -> Any:
     return mapper.get_unstacked_mapper()  # 0.26
 
 
+def metrics_registry() -> Any:
+    """What vLLM's `/metrics` shows; in prometheus_client's multiprocess mode, of all processes."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return get_prometheus_registry()
+
+
 async def set_weight_version(client: Any, version: int) -> None:
     """Tell the engine the policy version, for the spans in its outputs (0.29 and later)."""
     if hasattr(client, "update_weight_version"):

@@ -34,7 +34,7 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|MemoryError|less than (requested|desired)|No available memory|"
     r"larger than the (maximum|available)|needed, which is larger"
 )
-_LOG_LINES = 40
+LOG_LINES = 40
 _LIVENESS_PERIOD = 0.5
 
 
@@ -185,6 +185,11 @@ class Engine:
             return f"process {self.pid} has ended"
 
     @property
+    def running(self) -> int:
+        """How many generations there are, frozen ones included."""
+        return self.client.output_processor.get_num_unfinished_requests()
+
+    @property
     def resident_bytes(self) -> int:
         """Resident memory of the engine's processes on the host."""
         total = 0
@@ -197,7 +202,7 @@ class Engine:
         """The highest share (0 to 1) of the KV cache in use since this was last called."""
         return self._peak.take()
 
-    def log_tail(self, lines: int = _LOG_LINES) -> str:
+    def log_tail(self, lines: int = LOG_LINES) -> str:
         return _tail(self._log, lines)
 
     def require_alive(self) -> None:
@@ -376,7 +381,7 @@ def _vllm_config(arguments: Mapping[str, Any]) -> Any:
 
 
 def _start_error(error: Exception, log: str) -> Exception:
-    tail = _tail(log, _LOG_LINES)
+    tail = _tail(log, LOG_LINES)
     cause = _cause(tail) or _first_lines(str(error)) or type(error).__name__
     kind = EngineStartError
     if _OUT_OF_MEMORY.search(cause):

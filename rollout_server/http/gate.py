@@ -7,10 +7,12 @@ inside can ask that it closes behind them only, or be told when the weights have
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from rollout_server.errors import StateError
+from rollout_server.metrics import Metrics
 
 
 class GateTimeout(Exception):
@@ -28,8 +30,9 @@ class Gate:
     engine rests.
     """
 
-    def __init__(self, hold_timeout: float):
+    def __init__(self, hold_timeout: float, metrics: Metrics | None = None):
         self._hold_timeout = hold_timeout
+        self._metrics = metrics or Metrics()
         self._open = asyncio.Event()
         self._shut: str | None = None
         self._renewed = asyncio.Event()
@@ -58,17 +61,20 @@ class Gate:
     async def passage(self) -> None:
         """Return once the gate is open; `GateTimeout` past hold_timeout, `StateError` if shut."""
         if not self._open.is_set():
-            self.held += 1
+            self.held, started = self.held + 1, time.perf_counter()
             try:
                 async with asyncio.timeout(self._hold_timeout):
                     # Opened and closed again before this task ran: wait on.
                     while not self._open.is_set():
                         await self._open.wait()
             except TimeoutError:
+                self._metrics.count("gate_refused_requests", reason="timeout")
                 raise GateTimeout(self._hold_timeout) from None
             finally:
                 self.held -= 1
+                self._metrics.observe("gate_held_seconds", time.perf_counter() - started)
         if self._shut is not None:
+            self._metrics.count("gate_refused_requests", reason="shut")
             raise StateError(self._shut)
 
     @contextlib.contextmanager

@@ -3,10 +3,13 @@
 The others: whose request it is (sessions.py), and what it samples (record.py).
 """
 
+import time
+
 from rollout_server.errors import StateError
 from rollout_server.http import routes
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate, GateTimeout
+from rollout_server.http.seen import note
 
 
 class Routes:
@@ -41,6 +44,7 @@ class Hold:
 
     async def __call__(self, scope, receive, send):
         if (scope["method"], scope["path"]) in routes.GENERATES:
+            started = time.perf_counter()
             try:
                 await self._gate.passage()
             except GateTimeout as late:
@@ -50,6 +54,8 @@ class Hold:
             except StateError as shut:
                 await send_error(send, 503, str(shut), "service_unavailable")
                 return
+            finally:
+                note(scope).held = time.perf_counter() - started
             send = _telling_why(send, self._gate)
         await self._app(scope, receive, send)
 

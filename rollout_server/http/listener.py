@@ -48,6 +48,11 @@ class Listener:
         self._server = uvicorn.Server(config)
         self._task: asyncio.Task | None = None
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._server.server_state.connections)
+
     async def start(self) -> None:
         """Return when connections are accepted."""
         # uvicorn installs signal handlers on the main thread only, and this isn't it.

@@ -22,6 +22,7 @@ from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
 from rollout_server.http.options import NAMES, Options
+from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION, Live
 from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
@@ -59,7 +60,7 @@ class Calls:
             return
         live, request = scope.get(SESSION), _parsed(body)
         try:
-            call = self._call(scope["path"], live, request)
+            note(scope).call = call = self._call(scope["path"], live, request)
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return

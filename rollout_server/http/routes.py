@@ -30,10 +30,14 @@ ANSWERS = frozenset(
 )
 PUBLIC = frozenset({("GET", "/health")})
 _PATTERNS = (
-    ("GET", re.compile(r"/v1/models/[^?]+")),
-    ("GET", re.compile(r"/v1/responses/[^/]+")),
-    ("POST", re.compile(r"/v1/responses/[^/]+/cancel")),
+    ("GET", re.compile(r"/v1/models/[^?]+"), "/v1/models/{model}"),
+    ("GET", re.compile(r"/v1/responses/[^/]+"), "/v1/responses/{id}"),
+    ("POST", re.compile(r"/v1/responses/[^/]+/cancel"), "/v1/responses/{id}/cancel"),
 )
+REWARD = "/v1/reward"  # answered in front of these
+GEMINI = "/v1beta/openai"  # where clients of Gemini's OpenAI surface look for /v1
+_PATHS = {path for _, path in GENERATES | ANSWERS | PUBLIC} | {REWARD}
+_SESSION = re.compile(r"^/sessions/[^/]+")
 
 
 def known(method: str, path: str) -> bool:
@@ -41,7 +45,17 @@ def known(method: str, path: str) -> bool:
     method = "GET" if method == "HEAD" else method
     if (method, path) in GENERATES | ANSWERS | PUBLIC:
         return True
-    return any(method == m and pattern.fullmatch(path) for m, pattern in _PATTERNS)
+    return any(method == m and pattern.fullmatch(path) for m, pattern, _ in _PATTERNS)
+
+
+def label(path: str) -> str:
+    """What stands for a path in metrics and logs: one of a few, whatever a client asks for."""
+    path = _SESSION.sub("", path)
+    if path.startswith(GEMINI):
+        path = "/v1" + path.removeprefix(GEMINI)
+    if path in _PATHS:
+        return path
+    return next((name for _, pattern, name in _PATTERNS if pattern.fullmatch(path)), "other")
 
 
 def methods(path: str) -> list[str]:

@@ -13,13 +13,14 @@ from rollout_server.http import routes
 from rollout_server.http.body import read_body
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
+from rollout_server.http.routes import GEMINI, REWARD
+from rollout_server.http.seen import note
+from rollout_server.journal import Journal
 from rollout_server.trajectories.session import Session
 
 _URL = re.compile(r"/sessions/([^/]+)(/.*)?")
 SESSION = "rollout_session"  # in the ASGI scope: a `Live` or None
 _REMEMBERED = 16  # answers
-REWARD = "/v1/reward"
-GEMINI = "/v1beta/openai"  # where clients of Gemini's OpenAI surface look for /v1
 
 
 @dataclass
@@ -39,7 +40,8 @@ class Live:
 class Sessions:
     """Those that are open. Used from any thread."""
 
-    def __init__(self):
+    def __init__(self, journal: Journal | None = None):
+        self._journal = journal or Journal()
         self._lock = threading.Lock()
         self._by_id: dict[str, Live] = {}
         self._by_key: dict[bytes, Live] = {}
@@ -49,11 +51,13 @@ class Sessions:
             live = Live(session)
             self._by_id[session.id] = live
             self._by_key[session.api_key.encode()] = live
+        self._journal.session_opened(session.number)
 
     def remove(self, session: Session) -> None:
         with self._lock:
             self._by_id.pop(session.id, None)
             self._by_key.pop(session.api_key.encode(), None)
+        self._journal.session_ended(session.number, len(session.tree.calls))
 
     def of_url(self, name: str) -> Live | None:
         return self._by_id.get(name)
@@ -101,6 +105,7 @@ class Owner:
             scope = {**scope, SESSION: session}
         if scope["path"].startswith(GEMINI):
             _rewrite(scope, "/v1" + scope["path"].removeprefix(GEMINI))
+        note(scope).session = session
         await self._app(scope, receive, send)
 
 

@@ -4,6 +4,7 @@ A session is named by its URL or by its key, so environment variables alone poin
 is written to on the server's loop, and read from any thread.
 """
 
+import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -11,14 +12,18 @@ from typing import Any
 
 from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
+from rollout_server.redact import SESSION_ID, SESSION_KEY
 from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
 from rollout_server.trajectories.tree import Node, TokenTree
+
+_numbers = itertools.count(1)
 
 
 class Session:
     """Made by `RolloutServer.session`, ended by `end` or on the way out of a `with`.
 
     Attributes:
+        number: what logs call it, counted in this process; `id` is part of the URL, and as secret.
         base_url: what OpenAI clients take as `base_url`; it needs no key of its own to be the
             session's.
         api_key: names the session at the server's own URL too.
@@ -32,18 +37,20 @@ class Session:
 
     def __init__(
         self, server_url: str, clients: tuple[Callable, Callable], forget: Callable,
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, Any], recorded: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
-        with this session at its end."""
-        self.id = secrets.token_urlsafe(18)
-        self.api_key = f"rollout-{secrets.token_urlsafe(24)}"
+        with this session at its end; recorded: called with nothing after each call."""
+        self.number = next(_numbers)
+        self.id = SESSION_ID + secrets.token_urlsafe(18)
+        self.api_key = SESSION_KEY + secrets.token_urlsafe(24)
         root = server_url.removesuffix("/v1")
         self.base_url = f"{root}/sessions/{self.id}/v1"
         self.metadata = dict(metadata)
         self.tree = TokenTree()
         self._openai, self._async_openai = clients
         self._forget = forget
+        self._recorded = recorded
         self._lock = threading.Lock()
         self._reward: float | None = None
         self._components: dict[str, float] = {}
@@ -161,7 +168,7 @@ class Session:
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "open"
-        return f"<Session {self.id[:6]}... {state}, calls={len(self.tree.calls)}>"
+        return f"<Session {self.number} {state}, calls={len(self.tree.calls)}>"
 
     # -- the server's side --------------------------------------------------------------------
 
@@ -170,4 +177,6 @@ class Session:
         with self._lock:
             if self._ended:
                 raise StateError("the session has ended")
-            return self.tree.add(*args, **options)
+            node = self.tree.add(*args, **options)
+        self._recorded()
+        return node
