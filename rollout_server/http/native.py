@@ -15,7 +15,7 @@ from typing import Any
 from rollout_server.engine import compat
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.errors import EngineDeadError, SamplingError
-from rollout_server.http.body import Gone, read_body
+from rollout_server.http.body import Gone, parse, read_body, until_gone
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.tokens import BadRequest, require_ids
 
@@ -54,7 +54,7 @@ class Generate:
             await self._app(scope, receive, send)
             return
         try:
-            request = json.loads(await read_body(receive))
+            request = parse(await read_body(receive))
             single, work = self._requests(request)
         except (ValueError, SamplingError) as error:  # BadRequest and a body that is no JSON too
             await send_error(send, 400, str(error), "invalid_request_error")
@@ -65,7 +65,7 @@ class Generate:
             self._stream(work, single, send) if request.get("stream") else
             self._whole(work, single, send)
         )  # fmt: skip
-        leaving = asyncio.ensure_future(_until_gone(receive))
+        leaving = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
@@ -231,8 +231,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"text holds {value!r:.60}; give strings")
     return value
-
-
-async def _until_gone(receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

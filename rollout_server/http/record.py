@@ -19,6 +19,7 @@ from rollout_server.http.body import Gone, again, read_body
 from rollout_server.http.calls import Call, current
 from rollout_server.http.errors import send_error
 from rollout_server.http.history import History
+from rollout_server.http.intake import REQUEST
 from rollout_server.http.sessions import SESSION, Live
 from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
@@ -48,7 +49,8 @@ class Calls:
             body = await read_body(receive)
         except Gone:
             return
-        live, request = scope.get(SESSION), _parsed(body)
+        live, request = scope.get(SESSION), scope.get(REQUEST)
+        request = request if isinstance(request, dict) else {}  # vLLM will tell its sender
         try:
             call = self._call(live, request)
         except BadRequest as error:
@@ -248,15 +250,6 @@ def _finishes(event: dict[str, Any]) -> bool:
 
 def _digest(ids: list[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """The request; empty where it is no JSON object, which vLLM will tell its sender."""
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return {}
-    return request if isinstance(request, dict) else {}
 
 
 def _name(scope, body: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """Whose request it is: the server's own, or a session's, by its URL or by its key."""
 
 import hmac
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -10,7 +9,7 @@ from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.http import routes
-from rollout_server.http.body import read_body
+from rollout_server.http.body import parse, read_body
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
 from rollout_server.trajectories.session import Session
@@ -120,7 +119,7 @@ class Rewards:
             await send_error(send, 400, message, "invalid_request_error")
             return
         try:
-            given = json.loads(await read_body(receive))
+            given = parse(await read_body(receive))
             if not isinstance(given, dict) or not {"reward", "components"} >= given.keys():
                 raise ConfigError('give {"reward": number, "components": {name: number}}')
             components = given.get("components") or {}
