@@ -45,8 +45,14 @@ class Faults:
             log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise
-        if error is not None and _is_request(error):
+        if error is not None and is_request(error):
             message = f"the request can't be served: {type(error).__name__}: {first_line(error)}"
+            await send_error(send, 400, message, "invalid_request_error")
+        elif held and _uncompiled():
+            message = (
+                "the grammar (structured_outputs, response_format, or the tools' schemas) can't be "
+                "compiled; give a simpler one"
+            )
             await send_error(send, 400, message, "invalid_request_error")
         elif held:
             for message in held:
@@ -55,7 +61,18 @@ class Faults:
             await send_error(send, 500, "internal error; see the server's log", "server_error")
 
 
-def _is_request(error: Exception) -> bool:
+def is_request(error: BaseException) -> bool:
+    """Whether an error is that of the request which is being answered."""
     call = current.get()
     sampled = call is not None and any(g.samples for g in call.generations)
     return not sampled and isinstance(error, (*_WRONG_VALUE, *compat.request_errors()))
+
+
+def _uncompiled() -> bool:
+    """Whether the engine gave up on a request with a grammar before it sampled a token."""
+    call = current.get()
+    return call is not None and any(
+        generation.masked and sample.finish_reason == "error" and not sample.ids
+        for generation in call.generations
+        for sample in generation.samples.values()
+    )

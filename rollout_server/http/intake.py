@@ -1,7 +1,7 @@
 """The layer that takes a request in: its body in full, in time and within limits, and read once.
 
-Behind the key and the routes, so nothing is read for who may not call; in front of the gate, so that
-a request that is held has a body of known size, and its client's going away is noticed.
+Behind the key and the routes, so nothing is read for who may not call; in front of the gate, so
+that a request that is held has a body of known size, and its client's going away is noticed.
 """
 
 import asyncio

@@ -133,7 +133,7 @@ def _require_own(name: str, medium: Any) -> None:
     if isinstance(medium, dict):
         for inner in ("url", "file_url", "path"):
             _require_own(f"{name}.{inner}", medium.get(inner))
-    elif isinstance(medium, str) and not medium.lstrip()[:5].lower() == "data:":
+    elif isinstance(medium, str) and medium.lstrip()[:5].lower() != "data:":
         raise BadRequest(f"{name} is {shown(medium)}; nothing is fetched: give a data: URL")
 
 
@@ -146,7 +146,7 @@ def _require_few_samples(request: Mapping[str, Any]) -> None:
         given = request.get(name)
         if isinstance(given, list) and given and isinstance(given[0], (str, list)):
             prompts = len(given)
-    if type(n) is int and n * prompts > SAMPLES or prompts > SAMPLES:
+    if (type(n) is int and n * prompts > SAMPLES) or prompts > SAMPLES:
         asked = f"n={shown(n)} for {prompts} prompt{'s' * (prompts > 1)}"
         raise BadRequest(f"{asked}: ask for at most {SAMPLES} answers at a time")
 
@@ -168,7 +168,7 @@ def _require_few(fields: Mapping[str, Any]) -> None:
     for name in ("stop", "stop_sequences", "bad_words"):
         words = fields.get(name)
         words = [words] if isinstance(words, str) else _list(words)
-        if len(words) > STOPS and name != "bad_words" or len(words) > 2 * STOPS:
+        if (len(words) > STOPS and name != "bad_words") or len(words) > 2 * STOPS:
             raise BadRequest(f"{name} has {len(words)} entries; give at most {STOPS}")
         if any(isinstance(word, str) and len(word) > STOP for word in words):
             raise BadRequest(f"{name} holds a string of more than {STOP} characters; shorten it")
@@ -231,16 +231,20 @@ def _require_compilable(name: str, value: Any) -> None:
         name, value = waiting.pop()
         for key, inner in value.items() if isinstance(value, dict) else enumerate(_list(value)):
             where = f"{name}.{key}" if isinstance(key, str) else f"{name}[{key}]"
-            if key in ("pattern", "regex", "whitespace_pattern") and isinstance(inner, str):
-                _require_pattern(where, inner)
-            elif key in ("enum", "choice", "anyOf", "oneOf", "allOf") and isinstance(inner, list):
-                if len(inner) > CHOICES:
-                    raise BadRequest(f"{where} has {len(inner)} entries; give at most {CHOICES}")
-            elif isinstance(key, str) and _COUNTS.fullmatch(key):
-                if isinstance(inner, (int, float)) and inner > COUNT:
-                    raise BadRequest(f"{where} is {shown(inner)}; give at most {COUNT}")
+            if isinstance(key, str):
+                _require_few_states(where, key, inner)
             if isinstance(inner, (dict, list)):
                 waiting.append((where, inner))
+
+
+def _require_few_states(where: str, key: str, value: Any) -> None:
+    if key in ("pattern", "regex", "whitespace_pattern") and isinstance(value, str):
+        _require_pattern(where, value)
+    lists = ("enum", "choice", "anyOf", "oneOf", "allOf")
+    if key in lists and isinstance(value, list) and len(value) > CHOICES:
+        raise BadRequest(f"{where} has {len(value)} entries; give at most {CHOICES}")
+    if _COUNTS.fullmatch(key) and isinstance(value, (int, float)) and value > COUNT:
+        raise BadRequest(f"{where} is {shown(value)}; give at most {COUNT}")
 
 
 def _require_pattern(name: str, pattern: str) -> None:
