@@ -8,6 +8,8 @@ from typing import Any
 from rollout_server.http.tokens import BadRequest
 
 DEPTH = 64  # of objects and arrays in each other
+_LARGE = 1 << 63  # what vLLM's messages have no room for
+_DIGITS = re.compile(rb"\d{19}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -56,8 +58,11 @@ def parse(body: bytes) -> Any:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body isn't UTF-8: {error.reason} at byte {error.start}") from None
+    integers = _integer if _DIGITS.search(body) else None
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, object_pairs_hook=_object, parse_int=integers
+        )
     except RecursionError:
         raise BadRequest(f"the body is nested more than {DEPTH} deep; send less") from None
     except BadRequest:
@@ -77,6 +82,13 @@ def parse(body: bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise BadRequest(f"the body isn't valid JSON: {name}; send a finite number, or null")
+
+
+def _integer(digits: str) -> int:
+    value = int(digits)
+    if not -_LARGE <= value < _LARGE:
+        raise BadRequest(f"the body has the number {digits[:20]}...; give one of at most 64 bits")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

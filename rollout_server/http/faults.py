@@ -48,10 +48,10 @@ class Faults:
         if error is not None and is_request(error):
             message = f"the request can't be served: {type(error).__name__}: {first_line(error)}"
             await send_error(send, 400, message, "invalid_request_error")
-        elif held and _uncompiled():
+        elif held and _unfollowable():
             message = (
-                "the grammar (structured_outputs, response_format, or the tools' schemas) can't be "
-                "compiled; give a simpler one"
+                "no answer can follow the grammar (structured_outputs, response_format, or the "
+                "tools' schemas); give another one"
             )
             await send_error(send, 400, message, "invalid_request_error")
         elif held:
@@ -68,11 +68,12 @@ def is_request(error: BaseException) -> bool:
     return not sampled and isinstance(error, (*_WRONG_VALUE, *compat.request_errors()))
 
 
-def _uncompiled() -> bool:
-    """Whether the engine gave up on a request with a grammar before it sampled a token."""
+def _unfollowable() -> bool:
+    """Whether the engine gave up on a request because of its grammar: it couldn't be compiled, or
+    lets no token follow."""
     call = current.get()
     return call is not None and any(
-        generation.masked and sample.finish_reason == "error" and not sample.ids
+        generation.masked and sample.finish_reason == "error"
         for generation in call.generations
         for sample in generation.samples.values()
     )

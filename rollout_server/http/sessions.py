@@ -143,8 +143,10 @@ async def _refuse(send, message: str) -> None:
 
 
 def _given(headers) -> bytes:
-    given = dict(headers)
-    scheme, _, token = given.get(b"authorization", b"").partition(b" ")
+    """The key of a request; none where it has two that a reader could choose from."""
+    keys = [v for k, v in headers if k == b"authorization"]
+    scheme, _, token = keys[0].partition(b" ") if len(keys) == 1 else (b"", b"", b"")
     if scheme.lower() != b"bearer":
-        token = given.get(b"x-api-key", b"")
+        others = [v for k, v in headers if k == b"x-api-key"]
+        token = others[0] if len(others) == 1 and len(keys) <= 1 else b""
     return token.strip()
