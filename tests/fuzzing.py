@@ -94,6 +94,8 @@ ROUTES = {
     "/v1/reward": ({"reward": 1.0, "components": {"a": 0.5}}, {}),
 }  # fmt: skip
 
+PATIENCE = 240  # seconds
+
 # Values that break things: ends of ranges, wrong types, names and texts that mean something.
 NASTY = [
     None, True, False, 0, 1, -1, 2, 20, 49151, 49152, 2**31, 2**63 - 1, -(2**63), 2**64,
@@ -132,10 +134,10 @@ def places(value, before=()):
 def short(request, base):
     """With a length: an answer as long as the context is no attack, it only takes its time."""
     for name in ("max_tokens", "max_output_tokens", "sampling_params"):
-        if name in base and request.get(name) is None:
+        if name in base and not request.get(name):  # 0 is none to some routes
             request[name] = base[name]
     fields = request.get("sampling_params")
-    if isinstance(fields, dict) and fields.get("max_new_tokens") is None:
+    if isinstance(fields, dict) and not fields.get("max_new_tokens"):
         fields["max_new_tokens"] = 2
     return request
 
@@ -191,7 +193,7 @@ class Fuzz:
         self._server = server
         self._root = server.base_url.removesuffix("/v1")
         self._session = server.session()
-        self._client = httpx.Client(timeout=60)
+        self._client = httpx.Client(timeout=PATIENCE)
         self.counts = Counter()
 
     def __enter__(self):
@@ -208,7 +210,10 @@ class Fuzz:
         else:
             url = self._root + path
             headers["authorization"] = f"Bearer {self._server.api_key}"
-        answer = self._client.post(url, content=body, headers=headers)
+        try:
+            answer = self._client.post(url, content=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise AssertionError(f"{path} {body!r}: {error!r}") from error
         status = answer.status_code
         self.counts[status] += 1
         assert status < 500 or status == 503, f"{path} {body!r}: {answer.text[:500]}"
@@ -216,12 +221,14 @@ class Fuzz:
         if status >= 400:
             assert answer.json()["error"]["message"] is not None
 
-    def require_answering(self):
-        client = self._server.openai()
+
+def require_answering(server):
+    """It answers a normal request, and nothing of others is left behind."""
+    with server.openai() as client:
         answer = client.completions.create(model="policy", prompt=[5], max_tokens=2)
-        assert answer.usage.completion_tokens >= 1
-        assert not self._server._engine.client.output_processor.has_unfinished_requests()
-        assert self._server.state == "awake"
+    assert answer.usage.completion_tokens >= 1
+    assert not server._engine.client.output_processor.has_unfinished_requests()
+    assert server.state == "awake"
 
 
 def fuzz(server, cases, number, clients=4):
@@ -230,7 +237,7 @@ def fuzz(server, cases, number, clients=4):
         runs = [pool.submit(_run, fuzzing, cases // clients, number + i) for i in range(clients)]
         for run in runs:
             run.result()
-    fuzzing.require_answering()
+    require_answering(server)
     return fuzzing.counts
 
 

@@ -223,17 +223,30 @@ async def test_a_client_that_sends_slowly_is_cut(small, sent, more, status):
     reader, writer = await asyncio.open_connection("127.0.0.1", small.port)
     started = time.perf_counter()
     writer.write(sent)
-    drip = asyncio.ensure_future(dripping(writer, more))
+    for _ in range(3):
+        await asyncio.sleep(0.1)
+        writer.write(more)
     answer = await asyncio.wait_for(reader.read(), 5)
     assert 0.4 < time.perf_counter() - started < 3
     assert answer.startswith(status) and bool(answer) == bool(status)
-    drip.cancel()
     writer.close()
     await until(lambda: not small.listener._server.server_state.connections)
 
 
+@pytest.mark.parametrize("head", [b"GET /health HTTP/1.1\r\nx: ", _HEAD + b"\r\n\r\n"])
+async def test_always_one_more_byte_is_not_enough(small, head):
+    if b"POST" in head:
+        head = head.replace(b"\r\n\r\n", b"\r\ncontent-length: 9999\r\n\r\n")
+    _, writer = await asyncio.open_connection("127.0.0.1", small.port)
+    writer.write(head)
+    drip = asyncio.ensure_future(dripping(writer, b" "))
+    await until(lambda: small.listener._server.server_state.connections)
+    await until(lambda: not small.listener._server.server_state.connections)
+    drip.cancel()
+    writer.close()
+
+
 async def dripping(writer, byte):
-    """Always one more byte: that isn't enough."""
     while True:
         writer.write(byte)
         await asyncio.sleep(0.1)
