@@ -240,7 +240,7 @@ async def test_openai_agents(server, model):
 
     with server.session() as session:
         client = session.async_openai()
-        plain = agents.ModelSettings(max_tokens=40, temperature=1.0)
+        plain = agents.ModelSettings(max_tokens=160, temperature=1.0)
         forced = {"structured_outputs": {"regex": CALL}}
         agent = agents.Agent(
             name="a", instructions="Be short.", model=model("policy", client), tools=[look_up],
