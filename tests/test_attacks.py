@@ -399,9 +399,9 @@ REFUSED = {
     "a grammar that is a number": (*chat(structured_outputs=5), "structured_outputs"),
     "a schema that refers to itself": (*chat(response_format=schema(**{
         "$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})), "grammar"),
-    "a tool's schema": (*chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {
-        "type": "object", "properties": {"a": {"type": "string", "minLength": 10**9}}}}}]),
-        "minLength"),
+    "a tool's schema": (*chat(tool_choice="required", tools=[{"type": "function", "function": {
+        "name": "f", "parameters": {"type": "object", "properties": {
+            "a": {"type": "string", "minLength": 10**9}}}}}]), "minLength"),
     "schema of Responses": (*response(text={"format": {
         "type": "json_schema", "name": "a", "schema": {
             "type": "string", "pattern": "(a{1,999}){1,999}"}}}), "pattern"),

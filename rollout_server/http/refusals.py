@@ -15,11 +15,12 @@ from rollout_server.http.tokens import BadRequest, shown
 
 SAMPLES = 1024  # answers to one request: prompts times n
 TEXT = 1 << 20  # characters to tokenise, tokens to turn into text
-GRAMMAR = 32 << 10  # characters of a grammar, a schema, or the schemas of all tools
+GRAMMAR = 32 << 10  # characters of a grammar or a schema
 CHOICES = 1024  # alternatives, in a list of them
 PATTERN = 2048  # characters of a regular expression
 REPEATS = 1 << 16  # how often a pattern may repeat something, its repeats multiplied
-COUNT = 1 << 12  # of items, or characters, that a schema may ask for
+TOOLS = 1 << 20  # characters of all tools, descriptions included
+COUNT = 1 << 16  # of items, or characters, that a schema may ask for
 STOPS, STOP = 64, 1024  # stop strings or words, characters of one
 IDS = 1024  # token ids that stop, or are biased
 NAME = 256  # characters of an id that a client makes up
@@ -199,16 +200,25 @@ def _require_small_constraints(request: Mapping[str, Any]) -> None:
     for name, constraint in constraints.items():
         if constraint is None:
             continue
-        most = 4 * GRAMMAR if name == "tools" else GRAMMAR
+        most = TOOLS if name == "tools" else GRAMMAR
         if (size := _size(constraint, most)) > most:
             raise BadRequest(f"{name} has {size} characters or more; give at most {most}")
-        _require_compilable(name, constraint)
+        if name != "tools" or _forces(request):
+            _require_compilable(name, constraint)
     so = request.get("structured_outputs")
     if so is not None:
         _require_object("structured_outputs", so)
         for name in ("json", "structural_tag"):
             if isinstance(so.get(name), str):
                 _require_schema(f"structured_outputs.{name}", so[name])
+
+
+def _forces(request: Mapping[str, Any]) -> bool:
+    """Whether the schemas of the tools become a grammar; agents' tools are large, and mostly only
+    described to the model."""
+    choice = request.get("tool_choice")
+    choice = choice.get("type") if isinstance(choice, dict) else choice
+    return choice not in (None, "auto", "none") or '"strict": true' in json.dumps(request["tools"])
 
 
 def _require_object(name: str, value: Any) -> None:
