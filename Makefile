@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test test-fast bench lint format lock clean
+.PHONY: help setup demo test test-fast soak bench lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: setup ## all tests (those for a GPU are skipped without one)
 
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests
+
+soak: setup ## faults and fuzzing, for long (ROLLOUT_FUZZ_CASES)
+	python -m pytest -q -s tests/soak
 
 bench: setup ## benchmarks, with their figures
 	python -m pytest -q -s tests/benchmarks

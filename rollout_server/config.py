@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ PEFT = ("merge", "adapter")
 CHECK_FINITE = ("verified", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_BACKOFF = 30.0  # seconds between two tries to start an engine
+_KEY_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class RolloutConfig:
     """Options of `attach`. Durations are in seconds, sizes in bytes.
 
     Where it listens:
-        host: address to bind. Default loopback.
+        host: address to bind. Default loopback, where only this machine's processes reach it.
         port: TCP port; 0 takes a free one. With several ranks on a machine, the first one's; the
             others take those after it.
-        api_key: secret that clients send as `Authorization: Bearer`; None makes one at start.
+        api_key: secret that clients send as `Authorization: Bearer`; None makes one of 256 random
+            bits at start. One that is given for a `host` that isn't loopback needs 16 characters.
         served_model_name: the name clients give as `model`. The base model's name works too.
 
     The engine:
@@ -74,6 +77,16 @@ class RolloutConfig:
             weights; running and waiting requests go on then. 0: never. An engine that ranks share
             (`tensor_parallel_size`) isn't restarted.
 
+    What clients may ask for at a time (more: rollout_server/http/refusals.py):
+        max_body_bytes: of one request; beyond: 413. All that are there at a time: 64 times that.
+        max_connections: open at a time; beyond: 503. The process's soft limit of open files is
+            raised for them, as far as its hard limit lets it.
+        max_held_requests: that wait, for the gate or for their turn; beyond: 503 with Retry-After.
+        max_running_requests: that the engine has at a time; sessions take turns for them. None is
+            as many sequences as the engine batches (vLLM's max_num_seqs).
+        client_timeout: seconds for a client to send a request's header, for its body (beyond: 408),
+            and to take what was written to it; then it is cut off, and its generation freed.
+
     Agents, with attach(trainer, rollout=...):
         rollout_concurrency: how many run at a time, on each rank.
         rollout_timeout: seconds for each, after which it has failed.
@@ -116,6 +129,12 @@ class RolloutConfig:
     verify_every: int = 0
     max_restarts: int = 5
 
+    max_body_bytes: int = 16 << 20
+    max_connections: int = 4096
+    max_held_requests: int = 4096
+    max_running_requests: int | None = None
+    client_timeout: float = 60.0
+
     rollout_concurrency: int = 64
     rollout_timeout: float = 1800.0
 
@@ -152,9 +171,19 @@ class RolloutConfig:
         _text("served_model_name", self.served_model_name)
         if self.api_key is not None:
             _text("api_key", self.api_key, secret=True)
+            if not _is_loopback(self.host) and len(self.api_key) < _KEY_LENGTH:
+                raise ConfigError(
+                    f"api_key: host={self.host!r} can be reached from other machines, so give at "
+                    f"least {_KEY_LENGTH} characters (secrets.token_urlsafe()), or None to have "
+                    "one made"
+                )
         _whole("port", self.port, low=0, high=65535)
         _whole("sync_bucket_bytes", self.sync_bucket_bytes, low=1 << 16)
         _whole("rollout_concurrency", self.rollout_concurrency, low=1)
+        _whole("max_body_bytes", self.max_body_bytes, low=1 << 10)
+        _whole("max_connections", self.max_connections, low=1)
+        _whole("max_held_requests", self.max_held_requests, low=1)
+        _whole("max_running_requests", self.max_running_requests, low=1, optional=True)
         _whole("verify_every", self.verify_every, low=0)
         _whole("max_restarts", self.max_restarts, low=0)
         _whole("max_model_len", self.max_model_len, low=1, optional=True)
@@ -217,6 +246,13 @@ class RolloutConfig:
                     "process per device (accelerate launch --num_processes), each gets an engine "
                     "of its own, or each group of engine_args['tensor_parallel_size']"
                 )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _is_number(value) -> bool:

@@ -33,6 +33,7 @@ from rollout_server.group import GroupEngine
 from rollout_server.http.app import layered, serving_app
 from rollout_server.http.calls import tap
 from rollout_server.http.gate import Gate, GateTimeout
+from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
 from rollout_server.http.scrape import Scrape
@@ -540,11 +541,13 @@ class RolloutServer:
         app = Scrape(app, self._journal.metrics)
         client, version = self._engine.client, lambda: self._lifecycle.version
         tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
+        limits = Limits.of(config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
             Generate(app, client, self._sampling, version), self._api_key, self._gate, version,
             self._sessions, self._names(), client.model_config.get_vocab_size(), self._sampling,
+            limits,
         )  # fmt: skip
-        self._listener = Listener(Seen(app, self._journal, version), self._sock)
+        self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
         await self._listener.start()
 
     def _names(self) -> list[str]:

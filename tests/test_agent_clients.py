@@ -3,8 +3,12 @@
 import asyncio
 import itertools
 import json
+import os
 import threading
 
+os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "1")
+
+import agents
 import anthropic
 import httpx
 import huggingface_hub
@@ -218,3 +222,37 @@ def test_a_client_that_goes_away_frees_its_generation(server):
         assert len(session.tree.calls) == 1
     processor = server._engine.client.output_processor
     assert not processor.has_unfinished_requests()
+
+
+CALL = r'<tool_call>\n\{"name": "look_up", "arguments": \{"what": "[a-z]{3}"\}\}\n</tool_call>'
+
+
+@pytest.mark.parametrize("model", [agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel])
+async def test_openai_agents(server, model):
+    """A run in which the agent calls its tool, and one that goes on from there with an answer."""
+    asked = []
+
+    @agents.function_tool
+    def look_up(what: str) -> str:
+        """Look it up."""
+        asked.append(what)
+        return "It is 4."
+
+    with server.session() as session:
+        client = session.async_openai()
+        plain = agents.ModelSettings(max_tokens=160, temperature=1.0)
+        forced = {"structured_outputs": {"regex": CALL}}
+        agent = agents.Agent(
+            name="a", instructions="Be short.", model=model("policy", client), tools=[look_up],
+            tool_use_behavior="stop_on_first_tool",
+            model_settings=plain.resolve(agents.ModelSettings(extra_body=forced)),
+        )  # fmt: skip
+        result = await agents.Runner.run(agent, "Look it up.")
+        assert result.final_output == "It is 4." and len(asked) == 1
+        history = [*result.to_input_list(), {"role": "user", "content": "And now?"}]
+        again = await agents.Runner.run(agent.clone(model_settings=plain), history, max_turns=2)
+        assert isinstance(again.final_output, str)
+        await client.close()
+    assert len(session.tree.calls) == 2 and goes_on(session)
+    (row,) = session.trajectory()
+    assert sum(row.env_mask) == sum(len(c.ids) for c in session.tree.calls)

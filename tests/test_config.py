@@ -30,6 +30,11 @@ from rollout_server.errors import ConfigError, NotAvailableError
         ({"sync_path": "fast"}, ["sync_path='fast'", "layerwise"]),
         ({"check_finite": True}, ["check_finite=True", "verified"]),
         ({"peft": "lora"}, ["peft='lora'", "adapter"]),
+        ({"max_body_bytes": 5}, ["max_body_bytes=5", "1024"]),
+        ({"max_connections": 0}, ["max_connections=0"]),
+        ({"max_held_requests": -1}, ["max_held_requests=-1"]),
+        ({"max_running_requests": 0}, ["max_running_requests=0"]),
+        ({"client_timeout": 0}, ["client_timeout=0", "seconds"]),
         ({"sync_bucket_bytes": 1000}, ["sync_bucket_bytes=1000", "65536"]),
         (
             {"offload_optimizer": True, "colocate": "resident"},

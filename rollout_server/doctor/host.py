@@ -75,8 +75,8 @@ def temporary_folder(system: System) -> Finding:
         return problem(f"{folder} can't be written to: {error}", "set TMPDIR to one that can")
     if len(folder) + _FOLDER > SOCKET_FOLDER:
         return warning(
-            f"the temporary folder's name has {len(folder)} characters, too many for a socket in it: "
-            "the server's folder will be in /tmp",
+            f"the temporary folder's name has {len(folder)} characters, too many for sockets: the "
+            "server's folder will be in /tmp",
             "set TMPDIR to a short path, or let it be so",
         )
     if system.disk(folder)[1] < 100 * MIB:

@@ -58,6 +58,8 @@ def engine_arguments(
         # Log-probabilities of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
+        # Nothing is fetched for a request: vLLM takes an empty list for every domain.
+        "allowed_media_domains": ["nowhere.invalid"],
         "worker_extension_cls": WORKER_EXTENSION,
         # A single worker is inside the engine's process: one process less.
         "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from rollout_server.engine import compat
+from rollout_server.http.faults import Faults
 from rollout_server.http.gate import Gate
+from rollout_server.http.intake import Intake
 from rollout_server.http.layers import Hold, Routes
+from rollout_server.http.limits import Limits
 from rollout_server.http.record import Calls
 from rollout_server.http.sessions import Owner, Rewards, Sessions
 
@@ -38,15 +41,16 @@ async def serving_app(
 
 def layered(
     app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
-    names: list[str], vocabulary: int, sampling: Mapping[str, Any],
+    names: list[str], vocabulary: int, sampling: Mapping[str, Any], limits: Limits | None = None,
 ) -> Owner:  # fmt: skip
     """What uvicorn serves: `app` behind all layers.
 
     names: of the model; vocabulary: number of token ids that it has; sampling: defaults of the
     fields that a request leaves out.
     """
-    calls = Calls(app, gate, version, names, vocabulary, sampling)
-    return Owner(Rewards(Routes(Hold(calls, gate))), key, sessions)
+    limits = limits or Limits()
+    calls = Calls(Faults(app), gate, version, names, vocabulary, sampling)
+    return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 
 
 def _arguments(

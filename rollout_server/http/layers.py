@@ -1,15 +1,25 @@
 """ASGI layers between uvicorn and vLLM's app: which routes there are, and the gate.
 
-The others: whose request it is (sessions.py), and what it samples (record.py).
+The others: whose request it is (sessions.py), its body (intake.py), what it samples (record.py).
 """
 
+import asyncio
 import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
 
 from rollout_server.errors import StateError
 from rollout_server.http import routes
+from rollout_server.http.admission import Admission
+from rollout_server.http.body import Gone, again, until_gone
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate, GateTimeout
+from rollout_server.http.intake import BODY
+from rollout_server.http.limits import Limits
 from rollout_server.http.seen import note
+from rollout_server.http.sessions import SESSION
+
+_RETRY = 5  # seconds to suggest
 
 
 class Routes:
@@ -36,28 +46,60 @@ class Routes:
 
 
 class Hold:
-    """Lets requests that generate wait at the gate; 503 with Retry-After past its time."""
+    """Lets requests that generate wait, at the gate and then for their turn; 503 with Retry-After
+    past their time, or where too many wait.
 
-    def __init__(self, app, gate: Gate):
+    waiting: how many do; a client that goes away waits no longer.
+    """
+
+    def __init__(self, app, gate: Gate, limits: Limits):
         self._app = app
         self._gate = gate
+        self._most = limits.held
+        self.admission = Admission(limits.running)
+        self.waiting = 0
 
     async def __call__(self, scope, receive, send):
-        if (scope["method"], scope["path"]) in routes.GENERATES:
-            started = time.perf_counter()
+        inner = again(scope[BODY], receive) if BODY in scope else receive
+        if (scope["method"], scope["path"]) not in routes.GENERATES:
+            await self._app(scope, inner, send)
+            return
+        live, turn, started = scope.get(SESSION), _Turn(), time.perf_counter()
+        try:
             try:
-                await self._gate.passage()
+                owner = None if live is None else live.session.id
+                await _unless_gone(self._enter(owner, turn), receive)
             except GateTimeout as late:
-                retry = {"retry-after": str(late.retry_after)}
-                await send_error(send, 503, str(late), "service_unavailable", retry)
-                return
+                await _send_unavailable(send, str(late), late.retry_after)
+            except _Full:
+                message = f"{self._most} requests wait already; come back"
+                await _send_unavailable(send, message, _RETRY)
             except StateError as shut:
-                await send_error(send, 503, str(shut), "service_unavailable")
-                return
-            finally:
+                await _send_unavailable(send, str(shut))
+            except Gone:
+                pass
+            else:
                 note(scope).held = time.perf_counter() - started
-            send = _telling_why(send, self._gate)
-        await self._app(scope, receive, send)
+                await self._app(scope, inner, _telling_why(send, self._gate))
+        finally:
+            if turn.taken:
+                self.admission.leave()
+
+    async def _enter(self, owner: str | None, turn: "_Turn") -> None:
+        if self.waiting >= self._most:
+            raise _Full
+        self.waiting += 1
+        try:
+            await self._gate.passage()
+            await self.admission.enter(owner)
+            try:
+                await self._gate.passage()  # closed again while this one waited for its turn
+            except BaseException:
+                self.admission.leave()
+                raise
+            turn.taken = True
+        finally:
+            self.waiting -= 1
 
 
 def _telling_why(send, gate: Gate):
@@ -73,3 +115,35 @@ def _telling_why(send, gate: Gate):
             await send(message)
 
     return tell
+
+
+@dataclass
+class _Turn:
+    taken: bool = False
+
+
+class _Full(Exception):
+    """As many requests wait as may."""
+
+
+async def _unless_gone(work: Coroutine, receive) -> None:
+    """Do `work`, or raise `Gone` and end it when the client goes away."""
+    doing = asyncio.ensure_future(work)
+    await asyncio.sleep(0)  # most needn't wait
+    if doing.done():
+        return doing.result()
+    leaving = asyncio.ensure_future(until_gone(receive))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Gone
+        doing.result()
+    finally:
+        leaving.cancel()
+        if not doing.done():
+            doing.cancel()
+
+
+async def _send_unavailable(send, message: str, retry_after: int | None = None) -> None:
+    retry = None if retry_after is None else {"retry-after": str(retry_after)}
+    await send_error(send, 503, message, "service_unavailable", retry)

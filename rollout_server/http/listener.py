@@ -8,6 +8,8 @@ from typing import Any
 import uvicorn
 
 from rollout_server.errors import ConfigError, PortInUseError
+from rollout_server.http.connections import allow_files, connection_class
+from rollout_server.http.limits import Limits
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -33,9 +35,13 @@ def listen(host: str, port: int) -> socket.socket:
 class Listener:
     """Serves one app on one socket until `close`."""
 
-    def __init__(self, app: Any, sock: socket.socket):
+    def __init__(self, app: Any, sock: socket.socket, limits: Limits):
+        allow_files(limits.connections)
         config = uvicorn.Config(
             app,
+            http=connection_class(limits),
+            ws="none",
+            proxy_headers=False,
             lifespan="off",
             log_config=None,
             log_level="warning",

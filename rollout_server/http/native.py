@@ -12,12 +12,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from rollout_server.engine import compat
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.errors import EngineDeadError, SamplingError
-from rollout_server.http.body import Gone, read_body
+from rollout_server.http.body import Gone, parse, read_body, until_gone
 from rollout_server.http.errors import send_error, send_json
-from rollout_server.http.tokens import BadRequest, require_ids
+from rollout_server.http.faults import is_request
+from rollout_server.http.tokens import BadRequest, require_ids, shown
 
 GENERATE = "/generate"
 _LENGTH = 128
@@ -30,6 +30,17 @@ _NAMES = {
     "custom_params": None,
     "stream_interval": None,
 }
+_NUMBERS, _WHOLE, _FLAGS = (int, float), (int,), (bool,)
+_WORDS, _IDS = [str], [int]  # one, or a list of them
+# vLLM's fields that a request may give, and of which types: wrong ones would reach the engine.
+_SAMPLING = {
+    "temperature": _NUMBERS, "top_p": _NUMBERS, "min_p": _NUMBERS, "top_k": _WHOLE,
+    "frequency_penalty": _NUMBERS, "presence_penalty": _NUMBERS, "repetition_penalty": _NUMBERS,
+    "max_tokens": _WHOLE, "min_tokens": _WHOLE, "seed": _WHOLE, "n": _WHOLE,
+    "ignore_eos": _FLAGS, "skip_special_tokens": _FLAGS, "spaces_between_special_tokens": _FLAGS,
+    "include_stop_str_in_output": _FLAGS,
+    "stop": _WORDS, "bad_words": _WORDS, "stop_token_ids": _IDS, "allowed_token_ids": _IDS,
+}  # fmt: skip
 _FIELDS = frozenset(
     (
         "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "stream",
@@ -54,7 +65,7 @@ class Generate:
             await self._app(scope, receive, send)
             return
         try:
-            request = json.loads(await read_body(receive))
+            request = parse(await read_body(receive))
             single, work = self._requests(request)
         except (ValueError, SamplingError) as error:  # BadRequest and a body that is no JSON too
             await send_error(send, 400, str(error), "invalid_request_error")
@@ -65,7 +76,7 @@ class Generate:
             self._stream(work, single, send) if request.get("stream") else
             self._whole(work, single, send)
         )  # fmt: skip
-        leaving = asyncio.ensure_future(_until_gone(receive))
+        leaving = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
@@ -104,6 +115,7 @@ class Generate:
                 f"sampling_params has {len(each)} entries for {len(prompts)} prompts; give one each"
             )
         name = request.get("rid") or uuid.uuid4().hex
+        _require_type("rid", name, (str,))
         work = [
             (self._prompt(prompt, i), self._params(own, prompt, request), f"{name}-{i}", request)
             for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))
@@ -129,6 +141,7 @@ class Generate:
         for name, value in fields.items():
             own = _NAMES.get(name, name)
             if own is not None and value is not None:
+                _require_type(f"sampling_params.{name}", value, _SAMPLING.get(own))
                 chosen[own] = value
         if chosen.get("n", 1) != 1:
             raise BadRequest(f"sampling_params.n={chosen['n']!r}: give the prompt n times instead")
@@ -136,15 +149,18 @@ class Generate:
         if isinstance(chosen["max_tokens"], int):
             chosen["max_tokens"] = min(chosen["max_tokens"], room)
         if request.get("return_logprob"):
-            chosen["logprobs"] = request.get("top_logprobs_num") or 0
+            top = request.get("top_logprobs_num") or 0
+            _require_type("top_logprobs_num", top, _WHOLE)
+            chosen["logprobs"] = top
         return sampling_params(chosen)
 
     async def _whole(self, work: list, single: bool, send) -> None:
         try:
             answers = await asyncio.gather(*(self._last(*one) for one in work))
-        except compat.request_errors() as error:
-            await send_error(send, 400, str(error), "invalid_request_error")
         except Exception as error:
+            if is_request(error):
+                await send_error(send, 400, str(error), "invalid_request_error")
+                return
             await send_error(send, 503, f"{type(error).__name__}: {error}", "service_unavailable")
         else:
             await send_json(send, answers[0] if single else answers)
@@ -227,12 +243,19 @@ def _finish(output: Any, ids: list[int], params: Any) -> dict[str, Any] | None:
     return {"type": "abort", "message": "Aborted"}
 
 
+def _require_type(name: str, value: Any, types: tuple | list | None) -> None:
+    if types is None:
+        known = ", ".join(sorted(_SAMPLING))
+        raise BadRequest(f"{name} isn't known here; known are {known}")
+    several = isinstance(types, list) and isinstance(value, list)
+    for one in value if several else [value]:
+        # A bool is an int to Python, not to a request.
+        if type(one) not in types and not (float in types and type(one) is int):
+            wanted = " or ".join(t.__name__ for t in types)
+            raise BadRequest(f"{name} is {shown(value)}; give {wanted}{'s' * several}")
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRequest(f"text holds {value!r:.60}; give strings")
     return value
-
-
-async def _until_gone(receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

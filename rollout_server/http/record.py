@@ -21,6 +21,7 @@ from rollout_server.http.calls import Call, current
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
+from rollout_server.http.intake import REQUEST
 from rollout_server.http.options import NAMES, Options
 from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION, Live
@@ -58,7 +59,8 @@ class Calls:
             body = await read_body(receive)
         except Gone:
             return
-        live, request = scope.get(SESSION), _parsed(body)
+        live, request = scope.get(SESSION), scope.get(REQUEST)
+        request = request if isinstance(request, dict) else {}  # vLLM will tell its sender
         try:
             note(scope).call = call = self._call(scope["path"], live, request)
         except BadRequest as error:
@@ -271,15 +273,6 @@ def _finishes(event: dict[str, Any]) -> bool:
 
 def _digest(ids: list[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """The request; empty where it is no JSON object, which vLLM will tell its sender."""
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return {}
-    return request if isinstance(request, dict) else {}
 
 
 def _name(scope, body: bytes) -> bytes:

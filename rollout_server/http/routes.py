@@ -22,6 +22,7 @@ ANSWERS = frozenset(
         ("POST", "/v1/messages/count_tokens"),
         ("POST", "/tokenize"),
         ("POST", "/detokenize"),
+        ("POST", "/v1/reward"),
         ("GET", "/metrics"),
         ("GET", "/version"),
         ("GET", "/openapi.json"),

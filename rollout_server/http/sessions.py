@@ -1,7 +1,6 @@
 """Whose request it is: the server's own, or a session's, by its URL or by its key."""
 
 import hmac
-import json
 import re
 import threading
 from collections import OrderedDict
@@ -10,7 +9,7 @@ from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.http import routes
-from rollout_server.http.body import read_body
+from rollout_server.http.body import parse, read_body
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
 from rollout_server.http.routes import GEMINI, REWARD
@@ -125,7 +124,7 @@ class Rewards:
             await send_error(send, 400, message, "invalid_request_error")
             return
         try:
-            given = json.loads(await read_body(receive))
+            given = parse(await read_body(receive))
             if not isinstance(given, dict) or not {"reward", "components"} >= given.keys():
                 raise ConfigError('give {"reward": number, "components": {name: number}}')
             components = given.get("components") or {}
@@ -149,8 +148,10 @@ async def _refuse(send, message: str) -> None:
 
 
 def _given(headers) -> bytes:
-    given = dict(headers)
-    scheme, _, token = given.get(b"authorization", b"").partition(b" ")
+    """The key of a request; none where it has two that a reader could choose from."""
+    keys = [v for k, v in headers if k == b"authorization"]
+    scheme, _, token = keys[0].partition(b" ") if len(keys) == 1 else (b"", b"", b"")
     if scheme.lower() != b"bearer":
-        token = given.get(b"x-api-key", b"")
+        others = [v for k, v in headers if k == b"x-api-key"]
+        token = others[0] if len(others) == 1 and len(keys) <= 1 else b""
     return token.strip()

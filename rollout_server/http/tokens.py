@@ -49,11 +49,11 @@ def require_ids(name: str, value: Any, vocabulary: int) -> None:
     if value is None:
         return
     if not isinstance(value, list):
-        raise BadRequest(f"{name} is {_shown(value)}; give a list of token ids")
+        raise BadRequest(f"{name} is {shown(value)}; give a list of token ids")
     for at, i in enumerate(value):
         if type(i) is not int or not 0 <= i < vocabulary:
             raise BadRequest(
-                f"{name}[{at}] is {_shown(i)}; give a token id, a whole number from 0 to "
+                f"{name}[{at}] is {shown(i)}; give a token id, a whole number from 0 to "
                 f"{vocabulary - 1}"
             )
 
@@ -62,10 +62,10 @@ def _require_logprobs(name: str, logprobs: Any, ids: list[int] | None) -> None:
     if logprobs is None:
         return
     if not isinstance(logprobs, list):
-        raise BadRequest(f"{name} is {_shown(logprobs)}; give a list of numbers")
+        raise BadRequest(f"{name} is {shown(logprobs)}; give a list of numbers")
     for at, x in enumerate(logprobs):
         if type(x) not in (int, float) or not math.isfinite(x):
-            raise BadRequest(f"{name}[{at}] is {_shown(x)}; give a finite number")
+            raise BadRequest(f"{name}[{at}] is {shown(x)}; give a finite number")
     if ids is not None and len(ids) != len(logprobs):
         raise BadRequest(
             f"{name} has {len(logprobs)} entries, {SAMPLED} {len(ids)}; give one a token"
@@ -80,6 +80,6 @@ def with_tokens(message: Message, prompt_ids: Sequence[int], sample: Any) -> Mes
     return message | tokens
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
