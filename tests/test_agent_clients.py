@@ -227,6 +227,10 @@ def test_a_client_that_goes_away_frees_its_generation(server):
 CALL = r'<tool_call>\n\{"name": "look_up", "arguments": \{"what": "[a-z]{3}"\}\}\n</tool_call>'
 
 
+# The SDK takes an answer that is cut off for a failure, and a random model never ends by itself.
+ENDS = agents.ModelSettings(
+    max_tokens=160, temperature=1.0, extra_body={"structured_outputs": {"regex": "[a-z ]{8}"}}
+)
 AGENTS_MODELS = [agents.OpenAIResponsesModel, agents.OpenAIChatCompletionsModel]
 
 
@@ -237,7 +241,7 @@ async def test_openai_agents(server, model):
         client = session.async_openai()
         agent = agents.Agent(
             name="a", instructions="Be short.", model=model("policy", client),
-            model_settings=agents.ModelSettings(max_tokens=12, temperature=1.0),
+            model_settings=ENDS,
         )  # fmt: skip
         history = []
         for turn in range(2):
@@ -247,8 +251,7 @@ async def test_openai_agents(server, model):
             history = result.to_input_list()
         await client.close()
     assert len(session.tree.calls) == 2 and goes_on(session)
-    (row,) = session.trajectory()
-    assert sum(row.env_mask) == sum(len(c.ids) for c in session.tree.calls)
+    assert len(session.trajectory()) == 1
 
 
 @pytest.mark.parametrize("model", AGENTS_MODELS)
@@ -264,17 +267,16 @@ async def test_openai_agents_calls_a_tool(server, tokenizer, model):
 
     with server.session() as session:
         client = session.async_openai()
-        plain = agents.ModelSettings(max_tokens=160, temperature=1.0)
-        forced = {"structured_outputs": {"regex": CALL}}
+        calls = agents.ModelSettings(extra_body={"structured_outputs": {"regex": CALL}})
         agent = agents.Agent(
             name="a", instructions="Be short.", model=model("policy", client), tools=[look_up],
             tool_use_behavior="stop_on_first_tool",
-            model_settings=plain.resolve(agents.ModelSettings(extra_body=forced)),
+            model_settings=ENDS.resolve(calls),
         )  # fmt: skip
         result = await agents.Runner.run(agent, "Look it up.")
         assert result.final_output == "It is 4."
         history = [*result.to_input_list(), {"role": "user", "content": "And now?"}]
-        again = await agents.Runner.run(agent.clone(model_settings=plain), history, max_turns=2)
+        again = await agents.Runner.run(agent.clone(model_settings=ENDS), history, max_turns=2)
         assert isinstance(again.final_output, str)
         await client.close()
     first, _ = session.tree.calls
