@@ -14,6 +14,6 @@ def test_nothing_that_is_sent_is_answered_with_a_failure(server):
 
 
 def test_the_surface_that_the_app_describes(server):
-    counts = explore(server, cases=300)
+    counts = explore(server, cases=150)
     assert counts[200] > 20 and counts[400] > 20, counts
     require_answering(server)
