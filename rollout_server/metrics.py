@@ -39,6 +39,8 @@ HISTOGRAMS = {
 # A gauge is read from its owner, or set where there is none to ask.
 GAUGES = {
     "gate_held_requests": ("Requests that wait at the gate.", ()),
+    "queued_requests": ("Requests past the gate that wait for their turn.", ()),
+    "running_requests": ("Requests whose turn it is.", ()),
     "running_generations": ("Generations in the engine, frozen ones included.", ()),
     "sessions_open": ("Sessions that are open.", ()),
     "state": ("1 for the server's present state.", ("state",)),

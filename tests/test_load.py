@@ -111,7 +111,7 @@ async def small():
     )
     app, gate, sock = App(), Gate(hold_timeout=5), listen("127.0.0.1", 0)
     gate.open()
-    served = layered(app, KEY, gate, lambda: 1, Sessions(), ["policy"], 100, limits)
+    served = layered(app, KEY, gate, lambda: 1, Sessions(), ["policy"], 100, {}, limits)
     listener = Listener(served, sock, limits)
     port = sock.getsockname()[1]
     await listener.start()

@@ -26,13 +26,13 @@ class GateTimeout(Exception):
 class Gate:
     """Open, closed, or shut for good. Used on the server's loop only.
 
-    held: number of requests that wait; to_finish: of those inside that must finish before the
+    held: number of requests that wait here; to_finish: of those inside that must finish before the
     engine rests.
     """
 
     def __init__(self, hold_timeout: float, metrics: Metrics | None = None):
         self._hold_timeout = hold_timeout
-        self._metrics = metrics or Metrics()
+        self.metrics = metrics or Metrics()
         self._open = asyncio.Event()
         self._shut: str | None = None
         self._renewed = asyncio.Event()
@@ -68,13 +68,13 @@ class Gate:
                     while not self._open.is_set():
                         await self._open.wait()
             except TimeoutError:
-                self._metrics.count("gate_refused_requests", reason="timeout")
+                self.metrics.count("gate_refused_requests", reason="timeout")
                 raise GateTimeout(self._hold_timeout) from None
             finally:
                 self.held -= 1
-                self._metrics.observe("gate_held_seconds", time.perf_counter() - started)
+                self.metrics.observe("gate_held_seconds", time.perf_counter() - started)
         if self._shut is not None:
-            self._metrics.count("gate_refused_requests", reason="shut")
+            self.metrics.count("gate_refused_requests", reason="shut")
             raise StateError(self._shut)
 
     @contextlib.contextmanager

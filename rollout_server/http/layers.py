@@ -57,6 +57,8 @@ class Hold:
         self._gate = gate
         self._most = limits.held
         self.admission = Admission(limits.running)
+        gate.metrics.read("queued_requests", lambda: self.admission.queued)
+        gate.metrics.read("running_requests", lambda: self.admission.running)
         self.waiting = 0
 
     async def __call__(self, scope, receive, send):
@@ -72,6 +74,7 @@ class Hold:
             except GateTimeout as late:
                 await _send_unavailable(send, str(late), late.retry_after)
             except _Full:
+                self._gate.metrics.count("gate_refused_requests", reason="full")
                 message = f"{self._most} requests wait already; come back"
                 await _send_unavailable(send, message, _RETRY)
             except StateError as shut:
