@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -175,6 +176,26 @@ def test_when_the_restarts_are_used_up_all_are_told(mortal):
     for call in (mortal.sync_weights, mortal.sleep, lambda: mortal.generate(PROMPT)):
         with pytest.raises(StateError, match="broken"):
             call()
+
+
+def test_a_request_that_may_be_the_cause_is_given_up():
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    from rollout_server.engine.client import _refusal
+
+    ids = []
+    kind = RequestOutputKind.DELTA
+    state = SimpleNamespace(detokenizer=SimpleNamespace(output_token_ids=ids), output_kind=kind)
+    request = SimpleNamespace(sampling_params=SamplingParams())
+
+    def dies(while_it_had_it=True):
+        state.had_by_core = while_it_had_it
+        return _refusal(state, request)
+
+    assert [dies(), dies(), dies(while_it_had_it=False)] == [None] * 3
+    ids.append(5)  # it goes on: not the cause
+    assert [dies(), dies()] == [None] * 2
+    assert "died 3 times" in dies()
 
 
 def test_closed_in_the_middle_of_a_sync(tiny, tokenizer):

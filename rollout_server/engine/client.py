@@ -69,8 +69,10 @@ class Client(AsyncLLM):
                 continue
             if (refusal := _refusal(state, request)) is not None:
                 self._fail(state, refusal)
-            else:
-                await self._send(self._going_on(state, request))
+                continue
+            request = self._going_on(state, request)
+            states[state.request_id].had_by_core = True
+            await self._send(request)
 
     def give_up(self, why: str) -> None:
         """No other core will come: whoever waits gets `EngineDeadError`."""
@@ -91,6 +93,7 @@ class Client(AsyncLLM):
                 state.core_request = request
                 if self._holding:
                     return
+                state.had_by_core = True
             try:
                 await self._send(request)
             except Exception:
@@ -113,7 +116,7 @@ class Client(AsyncLLM):
                 parent_req=state.parent_req, request_index=state.request_index, queue=state.queue,
                 log_stats=processor.log_stats, stream_interval=processor.stream_interval,
             )  # fmt: skip
-            fresh.core_request = request
+            fresh.core_request, fresh.deaths = request, state.deaths
             processor.request_states[state.request_id] = fresh
             return request
         params = request.sampling_params.clone()
@@ -139,9 +142,11 @@ def _refusal(state: RequestState, request: Any) -> str | None:
     if state.detokenizer is None:
         return "the engine died meanwhile"
     sampled = len(state.detokenizer.output_token_ids)
-    before, deaths = getattr(state, "deaths", (-1, 0))
-    state.deaths = sampled, deaths + 1 if sampled == before else 1
-    if state.deaths[1] >= _DEATHS:
+    before, deaths = getattr(state, "deaths", (0, 0))
+    if getattr(state, "had_by_core", False):
+        state.deaths = sampled, deaths = sampled, deaths + 1 if sampled == before else 1
+    state.had_by_core = False
+    if deaths >= _DEATHS:
         return f"the engine died {_DEATHS} times while it had this request, and may do so again"
     streamed = state.output_kind is not RequestOutputKind.FINAL_ONLY
     if sampled and streamed and request.sampling_params.structured_outputs is not None:

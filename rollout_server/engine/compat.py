@@ -77,6 +77,13 @@ def request_errors() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, vllm.exceptions.VLLMValidationError, client_error)
 
 
+def engine_death() -> type[Exception]:
+    """What vLLM raises for requests of an engine that died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
 async def pause(client: Any) -> None:
     """Freeze running requests and clear all caches.
 

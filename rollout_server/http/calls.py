@@ -88,6 +88,7 @@ class Call:
     """
     known: finds the tokens of an earlier answer, given the messages as the template gets them and
     what else it gets; carried: whether they came from the client, which may have edited them.
+    died: why the engine that had it won't answer.
     """
 
     version: Callable[[], int]
@@ -99,6 +100,7 @@ class Call:
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)
+    died: str | None = None
 
     async def sampled(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
         """Pass the engine's outputs for `prompt` on, and keep what they hold."""
@@ -200,9 +202,14 @@ def _tap_generate(client: Any) -> None:
                 sampling_params.logprobs = 0
             start = Start(generate, client.model_config.max_model_len, request_id, options)
             outputs = call.sampled(start, prompt, sampling_params)
-        async with contextlib.aclosing(outputs):
-            async for step in outputs:
-                yield step
+        try:
+            async with contextlib.aclosing(outputs):
+                async for step in outputs:
+                    yield step
+        except compat.engine_death() as error:
+            if call is not None:
+                call.died = str(error)
+            raise
 
     client.generate = tapped
 

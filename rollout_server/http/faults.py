@@ -2,8 +2,8 @@
 
 vLLM answers 500 to some requests that it should refuse: a field of a wrong type, a schema that
 refers to itself. An error of the kinds that Python raises for a wrong value, before anything was
-sampled for the request, is the request's: it is told so, with 400. All else stays what it is, and
-everything is logged with its traceback.
+sampled for the request, is the request's: it is told so, with 400. A request that an engine's death
+ended gets 503. All else stays what it is, and everything is logged with its traceback.
 """
 
 import logging
@@ -54,6 +54,8 @@ class Faults:
                 "tools' schemas); give another one"
             )
             await send_error(send, 400, message, "invalid_request_error")
+        elif held and (died := _died()) is not None:
+            await send_error(send, 503, died, "service_unavailable")
         elif held:
             for message in held:
                 await send(message)
@@ -66,6 +68,11 @@ def is_request(error: BaseException) -> bool:
     call = current.get()
     sampled = call is not None and any(g.samples for g in call.generations)
     return not sampled and isinstance(error, (*_WRONG_VALUE, *compat.request_errors()))
+
+
+def _died() -> str | None:
+    call = current.get()
+    return None if call is None else call.died
 
 
 def _unfollowable() -> bool:
