@@ -3,14 +3,12 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from rollout_server import machine
+from rollout_server.journal import Journal
+from rollout_server.policy import Policy
 from rollout_server.redact import scrubbed
-
-if TYPE_CHECKING:
-    from rollout_server.server import RolloutServer
 
 
 class Report(dict):
@@ -26,39 +24,25 @@ class Report(dict):
     __repr__ = __str__
 
 
-def report(server: "RolloutServer") -> Report:
-    """Everything that is known of a server, without secrets. A section that can't be told says
-    why; nothing is raised."""
-    return Report({name: _told(section, server) for name, section in _SECTIONS.items()})
+def report(sections: Mapping[str, Callable[[], Any]]) -> Report:
+    """What each section tells, without secrets. One that can't be told says why; nothing is
+    raised."""
+    return Report({name: _told(section) for name, section in sections.items()})
 
 
-def _told(section: Callable[["RolloutServer"], Any], server: "RolloutServer") -> Any:
+def _told(section: Callable[[], Any]) -> Any:
     try:
-        return scrubbed(section(server))
+        return scrubbed(section())
     except Exception as error:
         return scrubbed(f"can't be told: {type(error).__name__}: {error}")
 
 
-def _server(server: "RolloutServer") -> dict[str, Any]:
-    return {
-        "time": _moment(datetime.datetime.now().timestamp()),
-        "state": server.state,
-        "why": server._box.why,
-        "policy_version": server.policy_version,
-        "base_urls": server.base_urls,
-        "rank": f"{server._ranks.rank} of {server._ranks.size}",
-        "engine_pid": server.engine_pid,
-    }
+def now() -> str:
+    return _moment(datetime.datetime.now().timestamp())
 
 
-def _config(server: "RolloutServer") -> dict[str, Any]:
-    config = server._config
-    told = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return told | {"sampling": server._sampling}
-
-
-def _model(server: "RolloutServer") -> dict[str, Any]:
-    policy = server._policy
+def of_model(policy: Policy) -> dict[str, Any]:
+    """What a policy is."""
     model = policy.model()
     return {
         "class": type(model).__name__,
@@ -66,36 +50,17 @@ def _model(server: "RolloutServer") -> dict[str, Any]:
         "dtype": policy.dtype,
         "device": str(next(model.parameters()).device),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "max_model_len": server.max_model_len,
     }
 
 
-def _last_sync(server: "RolloutServer") -> Any:
-    last = server._journal.last_sync
-    return None if last is None else dataclasses.asdict(last)
-
-
-def _events(server: "RolloutServer") -> list[str]:
-    return [_event(e) for e in list(server._journal.events)]
-
-
-def _failures(server: "RolloutServer") -> list[str]:
-    return [_event(e) for e in list(server._journal.failures)]
-
-
-_SECTIONS: dict[str, Callable[["RolloutServer"], Any]] = {
-    "versions": lambda server: machine.versions(),
-    "machine": lambda server: machine.hardware(),
-    "server": _server,
-    "config": _config,
-    "model": _model,
-    "memory": lambda server: server.memory(),
-    "last sync": _last_sync,
-    "metrics": lambda server: server.metrics(),
-    "events": _events,
-    "failed requests": _failures,
-    "engine log": lambda server: server._engine_log().splitlines(),
-}
+def of_journal(journal: Journal) -> dict[str, Callable[[], Any]]:
+    """The sections that a journal tells."""
+    return {
+        "last sync": lambda: journal.last_sync and dataclasses.asdict(journal.last_sync),
+        "metrics": journal.metrics.values,
+        "events": lambda: [_event(e) for e in list(journal.events)],
+        "failed requests": lambda: [_event(e) for e in list(journal.failures)],
+    }
 
 
 def _event(event: dict[str, Any]) -> str:

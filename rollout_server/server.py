@@ -3,16 +3,15 @@
 import asyncio
 import atexit
 import contextlib
-import copy
 import html
 import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from rollout_server import machine
 from rollout_server.completion import Completion, Prompt, prompt_list
 from rollout_server.config import RolloutConfig
 from rollout_server.engine import compat
@@ -30,15 +29,8 @@ from rollout_server.errors import (
     StateError,
 )
 from rollout_server.group import GroupEngine
-from rollout_server.http.app import layered, serving_app
-from rollout_server.http.calls import tap
-from rollout_server.http.gate import Gate, GateTimeout
-from rollout_server.http.limits import Limits
-from rollout_server.http.listener import Listener, listen
-from rollout_server.http.native import Generate
-from rollout_server.http.scrape import Scrape
-from rollout_server.http.seen import Seen
-from rollout_server.http.sessions import Sessions
+from rollout_server.http.endpoint import Endpoint
+from rollout_server.http.gate import GateTimeout
 from rollout_server.janitor import Janitor
 from rollout_server.journal import Journal
 from rollout_server.lifecycle import Lifecycle
@@ -47,7 +39,7 @@ from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
 from rollout_server.redact import remember
-from rollout_server.report import Report, report
+from rollout_server.report import Report, now, of_journal, of_model, report
 from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.sync import SyncReport, WeightSync
@@ -76,12 +68,10 @@ class RolloutServer:
         self._sampling = dict(policy.sampling if config.sampling is None else config.sampling)
         self._pids: list[int] = []
         self._engine: Engine | GroupEngine | None = None
-        self._sock: socket.socket | None = None
         self._base_url: str | None = None
-        self._listener: Listener | None = None
         self._offload: OptimizerOffload | None = None
         self._request = 0
-        self._sessions = Sessions(self._journal)
+        self._endpoint = Endpoint(config, self._api_key, self._journal)
         self._log_tail = ""  # of an engine that has been closed
         self._on_close: list[Callable[[], None]] = []
         with self._ranks.together("attach()", config.start_timeout):
@@ -103,7 +93,8 @@ class RolloutServer:
         self._loop = LoopThread()
         atexit.register(self.close)
         try:
-            here = [self._listen(), device_name(policy.gpu)]
+            url = self._open_port() if self._group.rank == 0 else None
+            here = [url, device_name(policy.gpu)]
             told = self._group.gather("attach(): group", here, config.start_timeout)
             self._base_url, devices = told[0][0], [device for _, device in told]
             with progress.step(f"starting the engine (vLLM {version})"), self._sharing(source):
@@ -118,9 +109,12 @@ class RolloutServer:
                 self._rest_while_stepping()
             with progress.step("sampling a first token"):
                 self._try_out()
-            if self._sock is not None:
+            if self._endpoint.is_open:
                 with progress.step("opening the endpoint"):
-                    opening = self._start_http()
+                    opening = self._endpoint.start(
+                        self._engine.client, policy.tokenizer, self._names(), self._sampling,
+                        tool_parser(config, policy.chat_template), lambda: self._lifecycle.version,
+                    )  # fmt: skip
                     self._loop.call(opening, config.start_timeout, "starting the endpoint")
             self._look_after_the_engine()
             urls = self._ranks.gather("attach(): urls", self._base_url, config.start_timeout)
@@ -290,7 +284,7 @@ class RolloutServer:
         if self.state is State.ASLEEP:
             raise StateError("the server is asleep; wake() it before generate()")
         try:
-            await self._gate.passage()
+            await self._endpoint.gate.passage()
         except GateTimeout as late:
             raise StateError(str(late)) from None
         first, self._request = self._request, self._request + len(prompts)
@@ -349,16 +343,17 @@ class RolloutServer:
         the session, such as the example that the agent works on.
         """
         self._box.require_open()
-        if self._sock is None:
+        if not self._endpoint.is_open:
             raise NotAvailableError(
                 "this rank's engine is served by its group's first rank; call session() there"
             )
         clients = self.openai, self.async_openai
         session = Session(
-            self.base_url, clients, self._sessions.remove, metadata, self._journal.call_recorded
-        )
+            self.base_url, clients, self._endpoint.sessions.remove, metadata,
+            self._journal.call_recorded,
+        )  # fmt: skip
         session.on_sync, session.unmasked_logprobs = on_sync, unmasked_logprobs
-        self._sessions.add(session)
+        self._endpoint.sessions.add(session)
         return session
 
     # -- what it does -------------------------------------------------------------------------
@@ -370,7 +365,28 @@ class RolloutServer:
     def report(self) -> Report:
         """What to send with a bug report: `print(server.report())`. Without secrets; in any state,
         and it never raises."""
-        return report(self)
+        server = {
+            "time": now(),
+            "state": self.state,
+            "why": self._box.why,
+            "rank": f"{self._ranks.rank} of {self._ranks.size}",
+        }
+        sections = {
+            "versions": machine.versions,
+            "machine": machine.hardware,
+            "server": lambda: server,
+            "engine": lambda: {
+                "policy_version": self.policy_version,
+                "base_urls": self.base_urls,
+                "pid": self.engine_pid,
+                "max_model_len": self.max_model_len,
+            },
+            "config": lambda: vars(self._config) | {"sampling": self._sampling},
+            "model": lambda: of_model(self._policy),
+            "memory": self.memory,
+            "engine log": lambda: self._engine_log().splitlines(),
+        }
+        return report(sections | of_journal(self._journal))
 
     def note_logprob_difference(self, nats: float, *, grammar: bool = False) -> None:
         """Put into the metrics how far the trainer's log-probabilities are from the engine's.
@@ -385,12 +401,9 @@ class RolloutServer:
     def _show(self) -> None:
         """What metrics are read from."""
         read = self._journal.metrics.read
-        read("gate_held_requests", lambda: self._gate.held)
         read("running_generations", lambda: self._engine.running)
-        read("sessions_open", lambda: len(self._sessions))
         read("state", lambda: {state: state is self.state for state in State})
         read("policy_version", lambda: self.policy_version)
-        read("http_connections", lambda: self._listener.connections)
 
     def _engine_log(self) -> str:
         """The end of it."""
@@ -421,17 +434,13 @@ class RolloutServer:
         self._log_tail = self._engine_log()
         kill_trees(self._pids)
         self._loop.stop(patience)
-        if self._sock is not None:
-            self._sock.close()
+        self._endpoint.free()
         self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._journal.happened("closed")
 
     async def _end(self, patience: float) -> None:
-        if hasattr(self, "_gate"):
-            self._gate.shut("the server is closed")
-        if self._listener is not None:
-            await self._listener.close(min(patience, 2.0))
+        await self._endpoint.close(min(patience, 2.0))
         if self._engine is not None:
             self._engine.close(patience)
 
@@ -463,18 +472,9 @@ class RolloutServer:
 
     # -- the beginning --------------------------------------------------------------------------
 
-    def _listen(self) -> str | None:
-        """Open this engine's port; its URL. None where another rank has the engine."""
-        if self._group.rank > 0:
-            return None
+    def _open_port(self) -> str:
         number = self._ranks.local_rank // self._group.size
-        host, port = self._config.host, self._config.port
-        self._sock = listen(host, port + number if port else 0)
-        if host in ("0.0.0.0", "::"):  # every address of this machine; others know it by name
-            local = "127.0.0.1" if host == "0.0.0.0" else "::1"
-            host = socket.gethostname() if self._ranks.several_machines else local
-        port = self._sock.getsockname()[1]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        return self._endpoint.open(number, self._ranks.several_machines)
 
     def _sharing(self, source: Source | None = None) -> contextlib.AbstractContextManager:
         """While an engine starts; without `source` for one that takes another's place."""
@@ -507,9 +507,8 @@ class RolloutServer:
         if self._group.size > 1:
             engine = await join_group(engine, self._policy, config, self._group)
         self._engine = engine
-        self._gate = Gate(config.hold_timeout, self._journal.metrics)
         self._lifecycle = Lifecycle(
-            config, self._engine, self._box, self._gate, self._journal, self._sharing
+            config, self._engine, self._box, self._endpoint.gate, self._journal, self._sharing
         )
         self._show()
 
@@ -528,27 +527,6 @@ class RolloutServer:
             self._loop.call(work, self._config.start_timeout, "sampling a first token")
         except EngineDeadError as error:
             raise EngineStartError(f"the engine can't run this model: {error}") from error
-
-    async def _start_http(self) -> None:
-        config = self._config
-        app = await serving_app(
-            self._engine.client,
-            self._names(),
-            self._sampling,
-            tool_parser(config, self._policy.chat_template),
-            config.reasoning_parser,
-        )
-        app = Scrape(app, self._journal.metrics)
-        client, version = self._engine.client, lambda: self._lifecycle.version
-        tap(client, copy.deepcopy(self._policy.tokenizer))  # the trainer's isn't thread-safe
-        limits = Limits.of(config, client.vllm_config.scheduler_config.max_num_seqs)
-        app = layered(
-            Generate(app, client, self._sampling, version), self._api_key, self._gate, version,
-            self._sessions, self._names(), client.model_config.get_vocab_size(), self._sampling,
-            limits,
-        )  # fmt: skip
-        self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
-        await self._listener.start()
 
     def _names(self) -> list[str]:
         names = [self._config.served_model_name, self._policy.base_name]

@@ -197,7 +197,7 @@ async def test_requests_that_are_held_over_a_sleep_are_answered_once(server):
 
     await asyncio.to_thread(server.sleep)
     asked = [asyncio.ensure_future(ask(clients[i % 20], f"Question {i}")) for i in range(500)]
-    while server._gate.held < 500:
+    while server.metrics()["rollout_server_gate_held_requests"] < 500:
         await asyncio.sleep(0.05)
     assert not any(task.done() for task in asked)
     await asyncio.to_thread(server.wake)

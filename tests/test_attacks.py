@@ -262,7 +262,7 @@ class Listening:
 def test_no_route_but_those_of_the_list(answering):
     """Every route of vLLM's own app, under every disguise and method."""
     server = answering
-    app = server._listener._server.config.loaded_app
+    app = server._endpoint._listener._server.config.loaded_app
     every = vllm_routes(app)
     assert len(every) > 20
     # What vLLM registers in other set-ups (development mode, LoRA, elastic, profiler, ...).

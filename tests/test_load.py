@@ -302,7 +302,7 @@ async def test_one_session_does_not_starve_another(server):
     many, one = greedy.async_openai(max_retries=0), modest.async_openai(max_retries=0)
     await asyncio.to_thread(server.sleep)
     tasks = [asyncio.ensure_future(ask(greedy, many, f"{i}")) for i in range(600)]
-    while server._gate.held < 600:
+    while server.metrics()["rollout_server_gate_held_requests"] < 600:
         await asyncio.sleep(0.05)
     await asyncio.to_thread(server.wake)
     await until(lambda: len(answered) > 0, 60)
@@ -346,7 +346,7 @@ async def test_two_thousand_connections_are_held_over_a_sleep(server):
         await asyncio.to_thread(server.sleep)
         asked = [asyncio.ensure_future(ask(*end)) for end in ends]
         async with asyncio.timeout(60):
-            while server._gate.held < CONNECTIONS:
+            while server.metrics()["rollout_server_gate_held_requests"] < CONNECTIONS:
                 await asyncio.sleep(0.05)
         assert not any(one.done() for one in asked)
         await asyncio.to_thread(server.wake)

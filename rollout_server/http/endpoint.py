@@ -1,0 +1,82 @@
+"""An engine's endpoint: its port, the gate and the sessions, and vLLM's app behind all layers."""
+
+import copy
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rollout_server.config import RolloutConfig
+from rollout_server.http.app import layered, serving_app
+from rollout_server.http.calls import tap
+from rollout_server.http.gate import Gate
+from rollout_server.http.limits import Limits
+from rollout_server.http.listener import Listener, listen
+from rollout_server.http.native import Generate
+from rollout_server.http.scrape import Scrape
+from rollout_server.http.seen import Seen
+from rollout_server.http.sessions import Sessions
+from rollout_server.journal import Journal
+
+
+class Endpoint:
+    """Of one server. `open` takes the port, `start` serves; where another rank of a group has the
+    engine neither is called, and there is a gate alone."""
+
+    def __init__(self, config: RolloutConfig, key: str, journal: Journal):
+        self._config = config
+        self._key = key
+        self._journal = journal
+        self._sock: socket.socket | None = None
+        self._listener: Listener | None = None
+        self.gate = Gate(config.hold_timeout, journal.metrics)
+        self.sessions = Sessions(journal)
+        read = journal.metrics.read
+        read("gate_held_requests", lambda: self.gate.held)
+        read("sessions_open", lambda: len(self.sessions))
+        read("http_connections", lambda: self._listener.connections)
+
+    @property
+    def is_open(self) -> bool:
+        return self._sock is not None
+
+    def open(self, number: int, several_machines: bool) -> str:
+        """Take the port of this machine's engine `number`; the URL that clients use."""
+        host, port = self._config.host, self._config.port
+        self._sock = listen(host, port + number if port else 0)
+        if host in ("0.0.0.0", "::"):  # every address of this machine; others know it by name
+            local = "127.0.0.1" if host == "0.0.0.0" else "::1"
+            host = socket.gethostname() if several_machines else local
+        port = self._sock.getsockname()[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    async def start(
+        self, client: Any, tokenizer: Any, names: list[str], sampling: Mapping[str, Any],
+        tool_parser: str | None, version: Callable[[], int],
+    ) -> None:  # fmt: skip
+        """Serve vLLM's `client`; returns when connections are accepted.
+
+        names: of the model; sampling: defaults of the fields that a request leaves out;
+        tool_parser: see `engine.arguments.tool_parser`; version: the policy's.
+        """
+        parser = self._config.reasoning_parser
+        app = await serving_app(client, names, sampling, tool_parser, parser)
+        app = Scrape(app, self._journal.metrics)
+        tap(client, copy.deepcopy(tokenizer))  # the trainer's isn't thread-safe
+        limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
+        app = layered(
+            Generate(app, client, sampling, version), self._key, self.gate, version, self.sessions,
+            names, client.model_config.get_vocab_size(), sampling, limits,
+        )  # fmt: skip
+        self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
+        await self._listener.start()
+
+    async def close(self, patience: float) -> None:
+        """Tell who waits, and cut what still runs after `patience` seconds."""
+        self.gate.shut("the server is closed")
+        if self._listener is not None:
+            await self._listener.close(patience)
+
+    def free(self) -> None:
+        """Give the port back, from any thread."""
+        if self._sock is not None:
+            self._sock.close()
