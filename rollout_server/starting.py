@@ -43,7 +43,8 @@ async def start_engine(
     arguments = engine_arguments(config, folder, names, dtype, sampling, policy.seed, on_cpu)
     if source.adapter is not None:
         arguments = adapter_arguments(source.adapter) | arguments
-    variables = engine_variables(on_cpu, devices, folder)
+    eager = bool(arguments.get("enforce_eager"))
+    variables = engine_variables(on_cpu, eager, devices, folder)
     log = os.path.join(folder, "engine.log")
     engine = await Engine.start(arguments, variables, log, pids)
     if source.adapter is not None:

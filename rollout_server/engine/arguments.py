@@ -99,10 +99,12 @@ def device_name(device: int | None) -> str | None:
     return visible.split(",")[device] if visible else str(device)
 
 
-def engine_variables(on_cpu: bool, devices: Sequence[str | None], folder: str) -> dict[str, str]:
+def engine_variables(
+    on_cpu: bool, eager: bool, devices: Sequence[str | None], folder: str
+) -> dict[str, str]:
     """Environment variables for the engine's processes.
 
-    devices: `device_name` of each worker's; folder: for temporary files and sockets.
+    eager: whether vLLM compiles nothing; devices: `device_name` of each worker's; folder: for temporary files and sockets.
     """
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -124,6 +126,10 @@ def engine_variables(on_cpu: bool, devices: Sequence[str | None], folder: str) -
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if eager:
+            # vLLM compiles one small function of its sampler all the same; on a CPU the compiler's
+            # start is seconds, and the function's time isn't seen.
+            variables["TORCHDYNAMO_DISABLE"] = os.environ.get("TORCHDYNAMO_DISABLE", "1")
         if len(devices) > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_each(len(devices))
     elif None not in devices:
