@@ -104,7 +104,8 @@ def engine_variables(
 ) -> dict[str, str]:
     """Environment variables for the engine's processes.
 
-    eager: whether vLLM compiles nothing; devices: `device_name` of each worker's; folder: for temporary files and sockets.
+    eager: whether vLLM compiles nothing; devices: `device_name` of each worker's; folder: for
+    temporary files and sockets.
     """
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
