@@ -81,6 +81,10 @@ def test_a_thousand_cycles(tiny_folder, tokenizer, tmp_path, monkeypatch):
             server.generate([5, 6, 7], {"max_tokens": 8, "ignore_eos": True})
             server.sleep()
             seconds.append(time.perf_counter() - started)
+            if cycle % 100 == 99:
+                print(
+                    f"  {cycle + 1} cycles, {statistics.median(seconds[-100:]):.3f} s", flush=True
+                )
             if cycle >= CYCLES // 5 and cycle % (CYCLES // 20) == 0:  # warmed up
                 samples.append(held(server))
         server.wake()
