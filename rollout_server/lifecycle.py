@@ -345,9 +345,10 @@ class SyncTransition:
         try:
             async with self._running:  # a step that its caller has left
                 pass
+            unknown = await self._anything_written()  # asked by all ranks of a group
+            unknown |= self.fresh or self._engine.dead or isinstance(error, EngineTimeoutError)
             syncing = life._box.state is State.SYNCING
-            unknown = self.fresh or self._engine.dead or isinstance(error, EngineTimeoutError)
-            if life.version < 0 or not syncing or unknown or await self._anything_written():
+            if unknown or life.version < 0 or not syncing:
                 if syncing:
                     life._lose_or_break("syncing weights", error)
                 elif not life.down:  # then the step that failed has said so

@@ -434,6 +434,7 @@ class RolloutServer:
         self._log_tail = self._engine_log()
         kill_trees(self._pids)
         self._loop.stop(patience)
+        kill_trees(self._pids)  # one that was started meanwhile
         self._endpoint.free()
         self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
