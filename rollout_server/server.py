@@ -516,7 +516,7 @@ class RolloutServer:
     def _look_after_the_engine(self) -> None:
         if not self._config.restarts:
             return
-        self._engine.let_requests_wait()
+        self._engine.let_requests_wait(self._config.restarts)
         restore = self._sync.restore if self._sync.restorable else None
         watching = watch(self._config, self._engine, self._lifecycle, self._box, restore)
         self._loop.submit(watching, "watching the engine")

@@ -259,7 +259,8 @@ def test_the_doctor_runs_where_the_package_is_broken(tmp_path):
         "try:\n    from rollout_server import attach\n"
         "except ImportError as error:\n    print(error)\n"
         "from rollout_server.doctor import software, system\n"
-        "import os; os.environ['PYTHONPATH'] = sys.path[0] + ':' + os.environ['PYTHONPATH']\n"
+        "import os; path = sys.path[0] + ':' + os.environ.get('PYTHONPATH', '')\n"
+        "os.environ['PYTHONPATH'] = path\n"
         "print(software.torch(system.System()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -190,7 +190,7 @@ def test_a_request_that_may_be_the_cause_is_given_up():
 
     def dies(while_it_had_it=True):
         state.had_by_core = while_it_had_it
-        return _refusal(state, request)
+        return _refusal(state, request, 3)
 
     assert [dies(), dies(), dies(while_it_had_it=False)] == [None] * 3
     ids.append(5)  # it goes on: not the cause

@@ -16,18 +16,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor import Executor
 
-# A request that was there at so many deaths, one after another, and sampled nothing in between may
-# be their cause.
-_DEATHS = 3
-
 
 class Client(AsyncLLM):
     """vLLM's client with a core that can be replaced.
 
     durable: whether requests wait for another core when this one has died, or fail with it.
+    deaths: a request that was there at so many, and sampled nothing in between, may be their cause.
     """
 
     durable = False
+    deaths = 3
     _holding = False  # of requests, until the new core may run them
 
     def __init__(self, *args: Any, **options: Any):
@@ -67,7 +65,7 @@ class Client(AsyncLLM):
             request = getattr(state, "core_request", None)
             if request is None or state.request_id not in states:
                 continue
-            if (refusal := _refusal(state, request)) is not None:
+            if (refusal := _refusal(state, request, self.deaths)) is not None:
                 self._fail(state, refusal)
                 continue
             request = self._going_on(state, request)
@@ -137,7 +135,7 @@ class Client(AsyncLLM):
         queue.put(_dead(why))
 
 
-def _refusal(state: RequestState, request: Any) -> str | None:
+def _refusal(state: RequestState, request: Any, most: int) -> str | None:
     """Why a request can't go on with a new core."""
     if state.detokenizer is None:
         return "the engine died meanwhile"
@@ -146,8 +144,8 @@ def _refusal(state: RequestState, request: Any) -> str | None:
     if getattr(state, "had_by_core", False):
         state.deaths = sampled, deaths = sampled, deaths + 1 if sampled == before else 1
     state.had_by_core = False
-    if deaths >= _DEATHS:
-        return f"the engine died {_DEATHS} times while it had this request, and may do so again"
+    if deaths >= most:
+        return f"the engine died {most} times while it had this request, and may do so again"
     streamed = state.output_kind is not RequestOutputKind.FINAL_ONLY
     if sampled and streamed and request.sampling_params.structured_outputs is not None:
         return (

@@ -154,10 +154,11 @@ class Engine:
         """There won't be another engine: requests that wait for one fail."""
         self.client.give_up(why)
 
-    def let_requests_wait(self) -> None:
+    def let_requests_wait(self, restarts: int) -> None:
         """Requests outlive the engine that runs them from now on: when it dies, `restart` or
-        `give_up` follows."""
+        `give_up` follows. A request that may be the cause is given half of the `restarts`."""
         self.client.durable = True
+        self.client.deaths = max(2, (restarts + 1) // 2)
 
     async def ping(self) -> None:
         """Return when the engine answers."""
