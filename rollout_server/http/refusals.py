@@ -60,6 +60,7 @@ _OF_TOKENIZER = frozenset(
 )  # fmt: skip
 _MEDIA = ("image_url", "audio_url", "video_url", "file_url", "file", "image", "audio", "video")
 _TENSORS = ("image_embeds", "audio_embeds", "video_embeds")
+_TELLING = frozenset((*_MEDIA, *_TENSORS, "source"))
 _COUNTS = re.compile(r"(min|max)(Length|Items|Properties|Contains)")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _HEADERS = {b"x-data-parallel-rank": _INSIDE, b"content-encoding": "send the body as it is"}
@@ -116,17 +117,22 @@ def _require_own_parts(where: str, parts: Any) -> None:
     for at, part in enumerate(_list(parts)):
         if not isinstance(part, dict):
             continue
-        name = f"{where}[{at}]"
-        for kind in _TENSORS:
-            if part.get(kind) is not None or part.get("type") == kind:
-                raise BadRequest(f"{name}.{kind}: tensors aren't taken; give the data itself")
-        for kind in _MEDIA:
-            _require_own(f"{name}.{kind}", part.get(kind))
-        source = part.get("source")
-        if isinstance(source, dict) and source.get("type") in ("url", "file"):
-            raise BadRequest(f"{name}.source.type is {source['type']!r}; give base64 data")
+        if part.get("type") in _TENSORS or not _TELLING.isdisjoint(part):
+            _require_own_part(f"{where}[{at}]", part)
         for inner in ("content", "output"):
-            _require_own_parts(f"{name}.{inner}", part.get(inner))
+            if isinstance(part.get(inner), list):
+                _require_own_parts(f"{where}[{at}].{inner}", part[inner])
+
+
+def _require_own_part(name: str, part: Mapping[str, Any]) -> None:
+    for kind in _TENSORS:
+        if part.get(kind) is not None or part.get("type") == kind:
+            raise BadRequest(f"{name}.{kind}: tensors aren't taken; give the data itself")
+    for kind in _MEDIA:
+        _require_own(f"{name}.{kind}", part.get(kind))
+    source = part.get("source")
+    if isinstance(source, dict) and source.get("type") in ("url", "file"):
+        raise BadRequest(f"{name}.source.type is {source['type']!r}; give base64 data")
 
 
 def _require_own(name: str, medium: Any) -> None:
