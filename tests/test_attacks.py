@@ -531,7 +531,6 @@ def test_a_models_name_is_no_path(answering, name):
 
 HARMLESS = {
     "documents": chat(documents=[{"title": "a", "text": "{{ 7 * 7 }}"}]),
-    "a template in a message": chat(messages=[{"role": "user", "content": "{{ 7 * 7 }}{% x %}"}]),
     "salt": chat(cache_salt="a"),
     "greedy regex": chat(structured_outputs={"regex": "(a+)+b"}),
     "grammar that is ambiguous": chat(structured_outputs={"grammar": 'root ::= root root | "a"'}),
@@ -551,7 +550,16 @@ def test_it_does_no_harm(answering, attack):
     answer = post(answering, *HARMLESS[attack])
     assert answer.status_code == 200, answer.text
     assert time.perf_counter() - started < 10
-    assert b"49" not in answer.content or "template" not in attack
+
+
+def test_a_template_in_a_message_is_text(answering):
+    said = "{{ 7 * 7 }}{% x %}"
+    messages = [{"role": "user", "content": said}]
+    tokens = post(answering, "/tokenize", {"model": "policy", "messages": messages}).json()[
+        "tokens"
+    ]
+    prompt = post(answering, "/detokenize", {"model": "policy", "tokens": tokens}).json()["prompt"]
+    assert said in prompt
 
 
 def test_requests_with_one_id_are_told_apart(answering):
