@@ -92,7 +92,8 @@ def test_what_ranks_with_one_engine_do_to_each_other(tiny_folder, tmp_path):
         assert line["dead"][0] < 10 and line["dead"][1].startswith("EngineDeadError")
         assert line["dead_sync"][0] < 10 and "EngineDeadError" in line["dead_sync"][1]
         assert not line["children"] and not line["threads"]
-    assert first["slept_after"] > 0.9 * second["rollout"], "it slept in the other's rollout"
+    slept_after = first["asked"] < second["rolled_out"] < first["slept"]
+    assert slept_after, "it slept in the other's rollout"
     assert "rank 1 failed" in first["nan"][1]
 
 
