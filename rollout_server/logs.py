@@ -19,7 +19,14 @@ from typing import Any
 
 from rollout_server.redact import scrub
 
-_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+# The last one is set by vLLM on every record of its process.
+_STANDARD = {
+    *vars(logging.makeLogRecord({})),
+    "message",
+    "asctime",
+    "taskName",
+    "vllm_process_name",
+}
 
 
 class _Scrub(logging.Filter):
