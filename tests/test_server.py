@@ -1,5 +1,6 @@
 """The handle, over one shared engine: generation, weights, sleep."""
 
+import gc
 import os
 import threading
 import time
@@ -187,8 +188,10 @@ def test_two_hundred_syncs_leave_nothing_behind(server, shared_model):
     processes = [psutil.Process(), psutil.Process(server.engine_pid)]
 
     def held():
-        shared = [name for name in os.listdir("/dev/shm") if name.startswith("torch_")]
-        return len(shared), [p.num_fds() for p in processes], [p.num_threads() for p in processes]
+        gc.collect()  # what earlier tests left for the collector isn't of these syncs
+        shared = sum(name.startswith("torch_") for name in os.listdir("/dev/shm"))
+        files, threads = zip(*((p.num_fds(), p.num_threads()) for p in processes), strict=True)
+        return [shared, *files, *threads]
 
     def resident():
         return [p.memory_info().rss for p in processes]
@@ -201,7 +204,9 @@ def test_two_hundred_syncs_leave_nothing_behind(server, shared_model):
             up = shared_model.model.layers[0].mlp.up_proj.weight
             up.data = up.data.clone()
         server.sync_weights()
-    assert held() == before
+    # Not equal: connections of earlier tests' clients may close meanwhile.
+    after = held()
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (after, before)
     for now, then in zip(resident(), memory, strict=True):
         assert now <= then + 8 * MIB
 
