@@ -61,10 +61,18 @@ def held(server):
     }
 
 
+@pytest.fixture
+def temporary(monkeypatch):
+    """A temporary folder for this test, of a name short enough for the sockets in it: else the
+    server's would be another."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield
+
+
 @pytest.mark.timeout(4 * 3600)
-def test_a_thousand_cycles(tiny_folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+def test_a_thousand_cycles(tiny_folder, tokenizer, temporary):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with attach(
         model, tokenizer, kv_cache_memory_bytes=128 * MIB, verify_every=50, progress=False
@@ -94,6 +102,7 @@ def test_a_thousand_cycles(tiny_folder, tokenizer, tmp_path, monkeypatch):
         assert [a.error for a in agents] == [None] * AGENTS and not any(
             a.is_alive() for a in agents
         )
+        assert samples[0]["temporary files"] > 0  # the server's are looked at
         quarter = len(samples) // 4
         print()
         grown = {}
