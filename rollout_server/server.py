@@ -42,6 +42,7 @@ from rollout_server.redact import remember
 from rollout_server.report import Report, now, of_journal, of_model, report
 from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
+from rollout_server.steps import Steps
 from rollout_server.sync import SyncReport, WeightSync
 from rollout_server.trajectories.session import Session
 from rollout_server.watch import watch
@@ -509,7 +510,9 @@ class RolloutServer:
             engine = await join_group(engine, self._policy, config, self._group)
         self._engine = engine
         self._lifecycle = Lifecycle(
-            config, self._engine, self._box, self._endpoint.gate, self._journal, self._sharing
+            Steps(
+                config, self._engine, self._box, self._endpoint.gate, self._journal, self._sharing
+            )
         )
         self._show()
 

@@ -1,7 +1,7 @@
 """`sync_weights` from the trainer's side: what is sent, in which order, and what came of it.
 
 Runs in the thread that called, since gathering a sharded policy is the trainer's own work. The
-engine's side of each step is a coroutine on the server's loop (`lifecycle.SyncTransition`).
+engine's side of each step is a coroutine on the server's loop (`transition.SyncTransition`).
 
 With several ranks, each of 1 to 3 counts when all have done it, and fails on all if on one.
 
@@ -41,9 +41,10 @@ from rollout_server.errors import (
     first_line,
 )
 from rollout_server.group import GroupEngine
-from rollout_server.lifecycle import Lifecycle, SyncTransition
+from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
+from rollout_server.transition import SyncTransition
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.source import Adapter, Source, require_same
 from rollout_server.weights.staging import Staging, Wanted

@@ -245,7 +245,7 @@ def _resting(server: RolloutServer) -> Iterator[Callable[[Callable], Any]]:
     try:
         yield lambda work: call(sync.write(work))
     except BaseException as error:
-        call(sync.abort(str(error)))
+        call(sync.abort(error))
         raise
     call(sync.commit())
 

@@ -173,7 +173,7 @@ def test_faults_at_every_transition(tiny_folder, tokenizer):
             time.sleep(random.Random(number).uniform(0, 2))
             if number % 10 == 9:
                 print(
-                    f"  {number + 1} faults, {server._lifecycle.restarts.count} restarts, "
+                    f"  {number + 1} faults, {server._lifecycle.steps.restarts.count} restarts, "
                     f"{sum(c.answered for c in clients)} answers, "
                     f"{time.monotonic() - started:.0f} s", flush=True,
                 )  # fmt: skip
@@ -191,7 +191,7 @@ def test_faults_at_every_transition(tiny_folder, tokenizer):
         failed = sum((c.failed for c in clients), collections.Counter())
         print(
             f"\n{sum(faults.done.values())} faults ({dict(faults.done)}), "
-            f"{server._lifecycle.restarts.count} restarts; "
+            f"{server._lifecycle.steps.restarts.count} restarts; "
             f"{sum(c.conversations for c in clients)} conversations, "
             f"{sum(c.answered for c in clients)} answers, {dict(failed)} failed; "
             f"policy version {server.policy_version}"
