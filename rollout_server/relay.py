@@ -16,6 +16,7 @@ from typing import Any
 
 from rollout_server.engine.engine import Engine
 from rollout_server.errors import EngineDeadError, RolloutServerError
+from rollout_server.race import Overtaken, unless
 
 _LENGTH = struct.Struct("!Q")
 _USER = struct.Struct("3i")  # process, user and group id of the other end
@@ -47,9 +48,9 @@ class Relay:
             told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
             if _USER.unpack(told)[1] != os.getuid():
                 return
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, Overtaken):
                 request = await _read(reader)
-                answer = await self._unless_gone(reader, self._answer(*request))
+                answer = await unless(lambda: reader.read(1), self._answer(*request))
                 await _write(writer, answer)
         finally:
             writer.close()
@@ -61,18 +62,6 @@ class Relay:
             return None, error
         except Exception as error:
             return None, RolloutServerError(f"{type(error).__name__}: {error}")
-
-    async def _unless_gone(self, reader: asyncio.StreamReader, work: Any) -> Any:
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(reader.read(1))
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ConnectionResetError("the rank has gone")
-            return task.result()
-        finally:
-            task.cancel()
-            gone.cancel()
 
 
 async def relayed(address: str, request: tuple) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from rollout_server.engine import compat
 from rollout_server.http.faults import Faults
 from rollout_server.http.gate import Gate
-from rollout_server.http.intake import Intake
+from rollout_server.http.intake import Handed, Intake
 from rollout_server.http.layers import Hold, Routes
 from rollout_server.http.limits import Limits
 from rollout_server.http.record import Calls
@@ -49,7 +49,7 @@ def layered(
     fields that a request leaves out.
     """
     limits = limits or Limits()
-    calls = Calls(Faults(app), gate, version, names, vocabulary, sampling)
+    calls = Calls(Faults(Handed(app)), gate, version, names, vocabulary, sampling)
     return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 
 

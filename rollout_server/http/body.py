@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rollout_server.http.tokens import BadRequest
+from rollout_server.race import Overtaken, unless
 
 DEPTH = 64  # of objects and arrays in each other
 _LARGE = 1 << 63  # what vLLM's messages have no room for
@@ -14,7 +15,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Gone(Exception):
-    """The client went away before its request was there."""
+    """The client went away."""
 
 
 async def read_body(receive, grow: Callable[[int], None] = lambda size: None) -> bytes:
@@ -31,10 +32,18 @@ async def read_body(receive, grow: Callable[[int], None] = lambda size: None) ->
             return b"".join(parts)
 
 
-async def until_gone(receive) -> None:
-    """Return when the client has gone away; its body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def unless_gone(receive, work: Coroutine) -> Any:
+    """What `work` gives; `Gone`, and it is cancelled, if the client goes away before. The body must
+    have been read."""
+
+    async def leaving() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    try:
+        return await unless(leaving, work)
+    except Overtaken:
+        raise Gone from None
 
 
 def again(body: bytes, receive):

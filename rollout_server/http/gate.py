@@ -13,6 +13,7 @@ from typing import Any
 
 from rollout_server.errors import StateError
 from rollout_server.metrics import Metrics
+from rollout_server.race import Overtaken, unless
 
 
 class GateTimeout(Exception):
@@ -94,11 +95,8 @@ class Gate:
     async def unless_renewed(self, work: Coroutine[Any, Any, Any]) -> Any:
         """What `work` gives; None, and `work` is cancelled, if the weights change before."""
         renewed = self._renewed
-        working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(renewed.wait())
         try:
-            await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            return None if renewed.is_set() else working.result()
-        finally:
-            working.cancel()
-            waiting.cancel()
-            await asyncio.gather(working, waiting, return_exceptions=True)
+            result = await unless(renewed.wait, work)
+        except Overtaken:
+            return None
+        return None if renewed.is_set() else result

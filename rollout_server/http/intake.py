@@ -1,4 +1,6 @@
-"""The layer that takes a request in: its body in full, in time and within limits, and read once.
+"""The layers that take a request's body in, in full, in time and within limits, and hand it on.
+
+It is read and parsed once, and is in the ASGI scope for all that are between them.
 
 Behind the key and the routes, so nothing is read for who may not call; in front of the gate, so
 that a request that is held has a body of known size, and its client's going away is noticed.
@@ -7,7 +9,7 @@ that a request that is held has a body of known size, and its client's going awa
 import asyncio
 from typing import Any
 
-from rollout_server.http.body import Gone, parse, read_body
+from rollout_server.http.body import Gone, again, parse, read_body
 from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
 from rollout_server.http.refusals import refuse_content, refuse_headers
@@ -85,3 +87,13 @@ class Intake:
         if self._bytes > self._limits.bodies_bytes:
             message = "too many large requests at once; come back"
             raise _Refused(503, message, "service_unavailable", _CUT | {"retry-after": "1"})
+
+
+class Handed:
+    """The innermost: the app reads the body from its `receive`, as any."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        await self._app(scope, again(scope[BODY], receive) if BODY in scope else receive, send)

@@ -3,18 +3,15 @@
 The others: whose request it is (sessions.py), its body (intake.py), what it samples (record.py).
 """
 
-import asyncio
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from rollout_server.errors import StateError
 from rollout_server.http import routes
 from rollout_server.http.admission import Admission
-from rollout_server.http.body import Gone, again, until_gone
+from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate, GateTimeout
-from rollout_server.http.intake import BODY
 from rollout_server.http.limits import Limits
 from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION
@@ -62,15 +59,14 @@ class Hold:
         self.waiting = 0
 
     async def __call__(self, scope, receive, send):
-        inner = again(scope[BODY], receive) if BODY in scope else receive
         if (scope["method"], scope["path"]) not in routes.GENERATES:
-            await self._app(scope, inner, send)
+            await self._app(scope, receive, send)
             return
         live, turn, started = scope.get(SESSION), _Turn(), time.perf_counter()
         try:
             try:
                 owner = None if live is None else live.session.id
-                await _unless_gone(self._enter(owner, turn), receive)
+                await unless_gone(receive, self._enter(owner, turn))
             except GateTimeout as late:
                 await _send_unavailable(send, str(late), late.retry_after)
             except _Full:
@@ -83,7 +79,7 @@ class Hold:
                 pass
             else:
                 note(scope).held = time.perf_counter() - started
-                await self._app(scope, inner, _telling_why(send, self._gate))
+                await self._app(scope, receive, _telling_why(send, self._gate))
         finally:
             if turn.taken:
                 self.admission.leave()
@@ -127,24 +123,6 @@ class _Turn:
 
 class _Full(Exception):
     """As many requests wait as may."""
-
-
-async def _unless_gone(work: Coroutine, receive) -> None:
-    """Do `work`, or raise `Gone` and end it when the client goes away."""
-    doing = asyncio.ensure_future(work)
-    await asyncio.sleep(0)  # most needn't wait
-    if doing.done():
-        return doing.result()
-    leaving = asyncio.ensure_future(until_gone(receive))
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise Gone
-        doing.result()
-    finally:
-        leaving.cancel()
-        if not doing.done():
-            doing.cancel()
 
 
 async def _send_unavailable(send, message: str, retry_after: int | None = None) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.errors import EngineDeadError, SamplingError
-from rollout_server.http.body import Gone, parse, read_body, until_gone
+from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.faults import is_request
+from rollout_server.http.intake import REQUEST
 from rollout_server.http.tokens import BadRequest, require_ids, shown
 
 GENERATE = "/generate"
@@ -65,27 +66,14 @@ class Generate:
             await self._app(scope, receive, send)
             return
         try:
-            request = parse(await read_body(receive))
+            request = scope[REQUEST]
             single, work = self._requests(request)
-        except (ValueError, SamplingError) as error:  # BadRequest and a body that is no JSON too
+        except (ValueError, SamplingError) as error:  # BadRequest too
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        except Gone:
-            return
-        answering = asyncio.ensure_future(
-            self._stream(work, single, send) if request.get("stream") else
-            self._whole(work, single, send)
-        )  # fmt: skip
-        leaving = asyncio.ensure_future(until_gone(receive))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await answering  # its generations are freed
+        answer = self._stream if request.get("stream") else self._whole
+        with contextlib.suppress(Gone):  # its generations are freed
+            await unless_gone(receive, answer(work, single, send))
 
     def _requests(self, request: Any) -> tuple[bool, list[tuple[list[int], Any, str, dict]]]:
         """Whether one answer is wanted, and (prompt, params, id, request) of each."""

@@ -16,12 +16,11 @@ from typing import Any
 
 from rollout_server.http import routes
 from rollout_server.http.answers import CHAT, Stream, message_of
-from rollout_server.http.body import Gone, again, read_body
 from rollout_server.http.calls import Call, current
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
-from rollout_server.http.intake import REQUEST
+from rollout_server.http.intake import BODY, REQUEST
 from rollout_server.http.options import NAMES, Options
 from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION, Live
@@ -55,19 +54,15 @@ class Calls:
         if (scope["method"], scope["path"]) not in _RENDERS:
             await self._app(scope, receive, send)
             return
-        try:
-            body = await read_body(receive)
-        except Gone:
-            return
-        live, request = scope.get(SESSION), scope.get(REQUEST)
-        request = request if isinstance(request, dict) else {}  # vLLM will tell its sender
+        live, body, given = scope.get(SESSION), scope[BODY], scope[REQUEST]
+        request = given if isinstance(given, dict) else {}  # vLLM will tell its sender
         try:
             note(scope).call = call = self._call(scope["path"], live, request)
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        name = _repeated(scope, body)
-        if live is not None and name is not None and name in live.answered:
+        name = _name(scope) if live is not None else None
+        if name is not None and _may_repeat(scope) and name in live.answered:
             for message in live.answered[name]:
                 await send(message)
             return
@@ -76,20 +71,23 @@ class Calls:
         token = current.set(call)
         try:
             with self._gate.finishing() if finishes else contextlib.nullcontext():
-                passed_on = again(self._for_vllm(live, request, body), receive)
-                await self._app(scope, passed_on, answer.send)
+                passed_on = self._for_vllm(live, request)
+                if passed_on != request:
+                    body = json.dumps(passed_on).encode()
+                    scope = {**scope, BODY: body, REQUEST: passed_on}
+                await self._app(scope, receive, answer.send)
         finally:
             current.reset(token)
         if live is not None and answer.complete:
-            live.remember(_name(scope, body), answer.sent)
+            live.remember(name, answer.sent)
 
-    def _for_vllm(self, live: Live | None, request: dict[str, Any], body: bytes) -> bytes:
-        """The body without our fields, for a model that there is."""
+    def _for_vllm(self, live: Live | None, request: dict[str, Any]) -> dict[str, Any]:
+        """The request without our fields, for a model that there is."""
         passed_on = {name: value for name, value in request.items() if name not in NAMES}
         if live is not None and request.get("model") not in (None, *self._names):
             # An agent that was pointed here by its environment asks for the model that it knows.
             passed_on["model"] = self._names[0]
-        return body if passed_on == request else json.dumps(passed_on).encode()
+        return passed_on
 
     def _call(self, path: str, live: Live | None, request: dict[str, Any]) -> Call:
         options = Options.of(path, request, live, self._temperature)
@@ -275,14 +273,13 @@ def _digest(ids: list[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
-def _name(scope, body: bytes) -> bytes:
-    headers = dict(scope["headers"])
-    told = headers.get(b"idempotency-key")
-    return told or hashlib.blake2b(scope["path"].encode() + b"\n" + body, digest_size=16).digest()
+def _name(scope) -> bytes:
+    """Of the call that a request is: an SDK's retry has the same."""
+    told = dict(scope["headers"]).get(b"idempotency-key")
+    said = scope["path"].encode() + b"\n" + scope[BODY]
+    return told or hashlib.blake2b(said, digest_size=16).digest()
 
 
-def _repeated(scope, body: bytes) -> bytes | None:
-    """The name of the call that this one asks for again; None if it is a new one."""
+def _may_repeat(scope) -> bool:
     headers = dict(scope["headers"])
-    again = headers.get(b"x-stainless-retry-count", b"0") != b"0"
-    return _name(scope, body) if again or b"idempotency-key" in headers else None
+    return headers.get(b"x-stainless-retry-count", b"0") != b"0" or b"idempotency-key" in headers

@@ -9,9 +9,9 @@ from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.http import routes
-from rollout_server.http.body import parse, read_body
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
+from rollout_server.http.intake import REQUEST
 from rollout_server.http.routes import GEMINI, REWARD
 from rollout_server.http.seen import note
 from rollout_server.journal import Journal
@@ -124,7 +124,7 @@ class Rewards:
             await send_error(send, 400, message, "invalid_request_error")
             return
         try:
-            given = parse(await read_body(receive))
+            given = scope[REQUEST]
             if not isinstance(given, dict) or not {"reward", "components"} >= given.keys():
                 raise ConfigError('give {"reward": number, "components": {name: number}}')
             components = given.get("components") or {}
