@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 from rollout_server.doctor.finding import Finding, ok, problem, warning
 from rollout_server.doctor.system import Failed, System
+from rollout_server.engine.arguments import GIB
 
-GIB = 1 << 30
 _SCARCE = 4 * GIB
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -23,10 +24,7 @@ def visible(system: System) -> Finding:
             f"there is a GPU, hidden by CUDA_VISIBLE_DEVICES={hidden!r}",
             "unset CUDA_VISIBLE_DEVICES to use it",
         )
-    try:
-        cuda = system.torch["cuda"]
-    except Failed:
-        cuda = None
+    cuda = _of_torch(system, "cuda")
     if cuda is None:
         return warning("there is a GPU that torch isn't built for", "install torch's CUDA build")
     return problem(
@@ -38,11 +36,7 @@ def visible(system: System) -> Finding:
 def driver(system: System) -> Finding:
     if not system.nvidia:
         return ok("no NVIDIA driver needed")
-    version, newest = system.driver, system.driver_cuda
-    try:
-        cuda = system.torch["cuda"]
-    except Failed:
-        cuda = None
+    version, newest, cuda = system.driver, system.driver_cuda, _of_torch(system, "cuda")
     if cuda and newest and int(cuda.split(".")[0]) > newest[0]:
         return problem(
             f"NVIDIA driver {version} is for CUDA up to {newest[0]}.{newest[1]}, torch is built "
@@ -114,10 +108,15 @@ def allocator(system: System) -> Finding:
 
 
 def _gpus(system: System) -> list[dict]:
+    return _of_torch(system, "gpus") or []
+
+
+def _of_torch(system: System, name: str) -> Any:
+    """None where torch can't be asked."""
     try:
-        return system.torch["gpus"]
+        return system.torch[name]
     except Failed:
-        return []
+        return None
 
 
 CHECKS = [visible, driver, memory, ipc, pinned, allocator]

@@ -146,8 +146,7 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
     state.had_by_core = False
     if deaths >= most:
         return f"the engine died {most} times while it had this request, and may do so again"
-    streamed = state.output_kind is not RequestOutputKind.FINAL_ONLY
-    if sampled and streamed and request.sampling_params.structured_outputs is not None:
+    if sampled and _streamed(state) and request.sampling_params.structured_outputs is not None:
         return (
             "the engine died in the middle of this stream, and its grammar can't go on from there; "
             "send the request again"
@@ -156,11 +155,15 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
 
 
 def _anew(state: RequestState, request: Any) -> bool:
+    """Whether it must be sampled again from its beginning."""
     params = request.sampling_params
-    streamed = state.output_kind is not RequestOutputKind.FINAL_ONLY
-    return not streamed and (
+    return not _streamed(state) and (
         params.structured_outputs is not None or params.prompt_logprobs is not None
     )
+
+
+def _streamed(state: RequestState) -> bool:
+    return state.output_kind is not RequestOutputKind.FINAL_ONLY
 
 
 def _not_a_death(record: logging.LogRecord) -> bool:
