@@ -204,9 +204,10 @@ def test_two_hundred_syncs_leave_nothing_behind(server, shared_model):
             up = shared_model.model.layers[0].mlp.up_proj.weight
             up.data = up.data.clone()
         server.sync_weights()
-    # Not equal: connections of earlier tests' clients may close meanwhile.
+    # What each sync, or each of the ten moves, left would be more than what comes and goes with
+    # connections of earlier tests' clients.
     after = held()
-    assert all(now <= then for now, then in zip(after, before, strict=True)), (after, before)
+    assert all(now < then + 5 for now, then in zip(after, before, strict=True)), (after, before)
     for now, then in zip(resident(), memory, strict=True):
         assert now <= then + 8 * MIB
 
