@@ -6,28 +6,20 @@ told to accept.
 
 import base64
 import contextlib
-import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from rollout_server.engine.spawn import set_variables
+
 ENGINE_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
-_ACCEPT = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 
-@contextlib.contextmanager
-def accepting_pickles() -> Iterator[None]:
+def accepting_pickles() -> contextlib.AbstractContextManager:
     """For engines that are started meanwhile."""
-    before = os.environ.get(_ACCEPT)
-    os.environ[_ACCEPT] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[_ACCEPT]
-        if before is not None:
-            os.environ[_ACCEPT] = before
+    return set_variables({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
 
 
 async def initialise(engine: Any) -> None:

@@ -18,7 +18,7 @@ from rollout_server.engine import compat
 from rollout_server.engine.loop import Keeper
 from rollout_server.engine.plan import Message
 from rollout_server.engine.sampling import sampling_params
-from rollout_server.engine.spawn import engine_children
+from rollout_server.engine.spawn import engine_children, engine_environment
 from rollout_server.engine.stats import PeakUsage, stat_logger
 from rollout_server.errors import (
     ConfigError,
@@ -74,7 +74,7 @@ class Engine:
         """
         peak = PeakUsage()
         children = functools.partial(engine_children, log, variables, pids)
-        with children():
+        with engine_environment(variables), children():
             try:
                 config = _vllm_config(arguments)
                 from vllm.usage.usage_lib import UsageContext

@@ -9,7 +9,8 @@ While `engine_children` is active, children that the calling thread spawns throu
 - die with the thread that started them (`PR_SET_PDEATHSIG`), whatever kills this process;
 - write their standard output and error to a log file;
 - don't see the launcher's variables (`RANK`, `MASTER_PORT`, ...): vLLM would take itself for a
-  member of the trainer's process group.
+  member of the trainer's process group. They take them out of their environment themselves, so that
+  a trainer that goes on meanwhile has its own.
 """
 
 import contextlib
@@ -33,22 +34,23 @@ _PROLOGUE = (
     "os.getppid() == {parent} or os._exit(1); "
     "log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600); "
     "os.dup2(log, 1); os.dup2(log, 2); os.close(log); "
-    "os.environ['VLLM_LOGGING_LEVEL'] = {level!r}; "
+    "[os.environ.pop(name, None) for name in {hidden!r}]; "
+    "os.environ.update({variables!r}); "
 )
+_LEVEL = "VLLM_LOGGING_LEVEL"
 
 # `multiprocessing` and the environment belong to the whole process: one start at a time.
-_one_start = threading.Lock()
+_one_start = threading.RLock()
 
 
 @contextlib.contextmanager
 def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> Iterator[None]:
     """Start children as described above.
 
-    log: the file they write to; variables: go into their environment; pids: takes their process
-    ids. The environment is restored on the way out, with whatever vLLM itself wrote into it.
+    log: the file they write to; variables: go into their environment, and vLLM's own of them into
+    this process's meanwhile; pids: takes their process ids.
     """
     thread = threading.get_ident()
-    launch, command_line = popen_spawn_posix.Popen._launch, spawn.get_command_line
 
     def hidden_launch(popen, process):
         if threading.get_ident() != thread:
@@ -61,27 +63,62 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
         line = command_line(**kwargs)
         if threading.get_ident() == thread and "-c" in line:
             at = line.index("-c") + 1
-            line[at] = _PROLOGUE.format(parent=os.getpid(), log=log, level=level) + line[at]
+            prologue = _PROLOGUE.format(
+                parent=os.getpid(), log=log, hidden=_launcher_variables(), variables=own
+            )
+            line[at] = prologue + line[at]
         return line
 
-    with _one_start:
-        saved = dict(os.environ)
-        level = saved.get("VLLM_LOGGING_LEVEL", "INFO")
-        for name in saved:
-            if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
-                del os.environ[name]
-        os.environ.update(variables)
+    own = {**variables, _LEVEL: os.environ.get(_LEVEL, "INFO")}
+    of_vllm = {name: value for name, value in variables.items() if name.startswith("VLLM_")}
+    with _one_start, set_variables(of_vllm), quiet_front_end():
+        launch, command_line = popen_spawn_posix.Popen._launch, spawn.get_command_line
         popen_spawn_posix.Popen._launch = hidden_launch
         spawn.get_command_line = logged_command_line
         try:
-            with quiet_front_end():
-                yield
+            yield
         finally:
             popen_spawn_posix.Popen._launch = launch
             spawn.get_command_line = command_line
+
+
+@contextlib.contextmanager
+def engine_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What vLLM's children see, for this process too: for its config, which looks around.
+
+    All is restored on the way out, with whatever vLLM itself wrote into it: nothing else may change
+    the environment meanwhile.
+    """
+    with _one_start:
+        saved = dict(os.environ)
+        for name in _launcher_variables():
+            del os.environ[name]
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
             for name in os.environ.keys() - saved.keys():
                 del os.environ[name]
             os.environ.update({n: v for n, v in saved.items() if os.environ.get(n) != v})
+
+
+@contextlib.contextmanager
+def set_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Of the environment, meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _launcher_variables() -> list[str]:
+    names = list(os.environ)
+    return [n for n in names if n in LAUNCHER_VARIABLES or n.startswith(LAUNCHER_PREFIXES)]
 
 
 @contextlib.contextmanager
@@ -90,14 +127,8 @@ def quiet_front_end() -> Iterator[None]:
 
     The engine's own processes say everything, to their log.
     """
-    asked = "VLLM_LOGGING_LEVEL" in os.environ
-    if not asked:
-        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    try:
+    with set_variables({} if _LEVEL in os.environ else {_LEVEL: "ERROR"}):
         yield
-    finally:
-        if not asked:
-            os.environ.pop("VLLM_LOGGING_LEVEL", None)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rollout_server import attach
 from rollout_server.engine.arguments import CPU_WORKER
-from rollout_server.engine.spawn import engine_children, quiet_front_end
+from rollout_server.engine.spawn import engine_children
 
 CLIENTS, TOKENS, WARM_UP, ROUNDS = 32, 32, 2, 6
 
@@ -33,7 +33,7 @@ def prompts(seed):
 def start_llm(log, variables, **options):
     from vllm import LLM
 
-    with engine_children(str(log), variables, []), quiet_front_end():
+    with engine_children(str(log), variables, []):
         return LLM(dtype="float32", enforce_eager=True, disable_log_stats=True, **options)
 
 
