@@ -24,6 +24,7 @@ from rollout_server.restarts import Restarts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
+PENALTY = {"frequency_penalty": 0.5}
 GRAMMAR = "[ab]{150}"
 PROMPT = [21, 22, 23]
 
@@ -69,6 +70,16 @@ def streamed(server, running):
     return ids, text
 
 
+def penalised(server, running):
+    """A streamed completion whose distribution depends on what was sampled before."""
+    with server.openai() as client:
+        for _ in client.completions.create(
+            model="policy", prompt=PROMPT, stream=True, max_tokens=200, presence_penalty=0.5,
+            extra_body={"ignore_eos": True},
+        ):  # fmt: skip
+            running.set()
+
+
 def ask(server, tokens=2):
     """The answer to a completion request."""
     asked = {"model": "policy", "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
@@ -101,14 +112,17 @@ def converse(session):
 
 def test_requests_go_on_when_the_engine_dies(mortal, policy):
     (whole,) = mortal.generate(PROMPT, LONG)
+    (other,) = mortal.generate(PROMPT, LONG | PENALTY)
     version, pid, running = mortal.policy_version, mortal.engine_pid, threading.Event()
     with ThreadPoolExecutor(8) as pool, mortal.session() as session:
         stream = pool.submit(streamed, mortal, running)
         direct = pool.submit(mortal.generate, PROMPT, LONG)
         several = pool.submit(mortal.generate, PROMPT, LONG | {"n": 2, "temperature": 1})
+        counting = pool.submit(mortal.generate, PROMPT, LONG | PENALTY)
+        cut = pool.submit(penalised, mortal, cut_runs := threading.Event())
         grammar = pool.submit(by_grammar, mortal)
         conversation = pool.submit(converse, session)
-        assert running.wait(60)
+        assert running.wait(60) and cut_runs.wait(60)
         kill(mortal)
         died = time.monotonic()
         wait_for(mortal, "down", "waking", "syncing")
@@ -122,6 +136,9 @@ def test_requests_go_on_when_the_engine_dies(mortal, policy):
         )
         assert completion.versions == [(version, 0, 200)]
         assert [(len(c.ids), len(c.logprobs)) for c in several.result(200)] == [(200, 200)] * 2
+        assert counting.result(200)[0].ids == other.ids != whole.ids
+        with pytest.raises(openai.APIError, match="can't go on with presence_penalty"):
+            cut.result(200)
         assert re.fullmatch(GRAMMAR, grammar.result(200))
         assert late.result(200).ids == whole.ids[:12]
         conversation.result(200)
@@ -150,11 +167,22 @@ def test_one_that_dies_asleep_is_started_when_it_is_to_wake(mortal, policy):
     mortal.verify_weights()
 
 
-def test_one_that_hangs_is_ended(mortal):
-    version = mortal.policy_version
+def test_one_that_hangs_is_ended(mortal, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # a trainer's that goes on meanwhile
+    version, seen, over = mortal.policy_version, set(), threading.Event()
+
+    def look():
+        while not over.wait(0.005):
+            seen.add((os.environ.get("LOCAL_RANK"), os.environ.get("TMPDIR")))
+
+    looking = threading.Thread(target=look)
+    looking.start()
     kill(mortal, signal.SIGSTOP)
     (completion,) = mortal.generate(PROMPT, {"max_tokens": 4, "ignore_eos": True})
+    over.set()
+    looking.join()
     assert completion.versions == [(version, 0, 4)] and mortal.state == "awake"
+    assert seen == {("0", os.environ.get("TMPDIR"))}
 
 
 def test_when_the_restarts_are_used_up_all_are_told(mortal):

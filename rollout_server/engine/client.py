@@ -16,6 +16,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor import Executor
 
+_COUNTING = (
+    "structured_outputs", "presence_penalty", "frequency_penalty", "bad_words",
+    "thinking_token_budget",
+)  # fmt: skip
+
 
 class Client(AsyncLLM):
     """vLLM's client with a core that can be replaced.
@@ -105,9 +110,7 @@ class Client(AsyncLLM):
         ids = list(state.detokenizer.output_token_ids)
         if not ids:
             return request
-        if _anew(state, request):
-            # A grammar would begin again in the middle. Nothing was passed on yet: all is sampled
-            # again.
+        if _anew(state, request):  # nothing was passed on yet
             processor = self.output_processor
             fresh = RequestState.from_new_request(
                 tokenizer=processor.tokenizer, request=request, prompt=state.prompt,
@@ -146,10 +149,10 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
     state.had_by_core = False
     if deaths >= most:
         return f"the engine died {most} times while it had this request, and may do so again"
-    if sampled and _streamed(state) and request.sampling_params.structured_outputs is not None:
+    if sampled and _streamed(state) and (field := _counting(request.sampling_params)):
         return (
-            "the engine died in the middle of this stream, and its grammar can't go on from there; "
-            "send the request again"
+            f"the engine died in the middle of this stream, which can't go on with {field}; send "
+            "the request again"
         )
     return None
 
@@ -157,9 +160,13 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
 def _anew(state: RequestState, request: Any) -> bool:
     """Whether it must be sampled again from its beginning."""
     params = request.sampling_params
-    return not _streamed(state) and (
-        params.structured_outputs is not None or params.prompt_logprobs is not None
-    )
+    again = _counting(params) is not None or params.prompt_logprobs is not None
+    return again and not _streamed(state)
+
+
+def _counting(params: Any) -> str | None:
+    """The field, if any, for which it matters what was sampled and what was prompt."""
+    return next((name for name in _COUNTING if getattr(params, name, None)), None)
 
 
 def _streamed(state: RequestState) -> bool:
