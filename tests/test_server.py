@@ -71,6 +71,7 @@ def test_sampled_logprobs_are_those_of_the_sampled_distribution(server, shared_m
         ({"temperature": -1.0}, ["temperature", "-1.0"]),
         ({"top_p": 7.0}, ["top_p", "7.0"]),
         ({"max_tokens": 0}, ["max_tokens", "0"]),
+        ({"seed": 1 << 70}, ["seed", "64 bits"]),
     ],
 )
 def test_bad_sampling_fields_are_named(server, sampling, parts):

@@ -25,6 +25,7 @@ def neutral(params: Any) -> bool:
 
 def sampling_params(fields: Mapping[str, Any]) -> Any:
     """vLLM's `SamplingParams`; `SamplingError` names a field that it doesn't know or rejects."""
+    import msgspec
     from vllm import SamplingParams
 
     known = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
@@ -33,6 +34,14 @@ def sampling_params(fields: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else "see vLLM's SamplingParams"
             raise SamplingError(f"sampling field {name!r} is unknown; {hint}")
+    try:
+        msgspec.msgpack.encode(dict(fields))  # as it will go to the engine
+    except OverflowError as error:
+        raise SamplingError(
+            f"the sampling fields {dict(fields)} hold a number past 64 bits: {error}"
+        ) from error
+    except TypeError:  # vLLM's own encoder takes more
+        pass
     try:
         return SamplingParams(**fields)
     except request_errors() as error:
