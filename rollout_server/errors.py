@@ -67,7 +67,12 @@ class WeightSyncError(RolloutServerError):
 
 
 class RankError(RolloutServerError):
-    """Another rank failed, with the reason that it gives, or made another call meanwhile."""
+    """Another rank failed, with the reason that it gives, or made another call meanwhile.
+
+    kind: name of the other rank's error; empty if it made another call.
+    """
+
+    kind = ""
 
 
 class SamplingError(RolloutServerError, ValueError):

@@ -91,7 +91,9 @@ class Ranks:
                 self._store.delete_key(f"{number - 2}/{self.rank}")
         for rank, (other, _, failure) in enumerate(told, self._first):
             if failure is not None:
-                raise self._known(RankError(f"{what}: rank {rank} failed: {failure}"))
+                error = RankError(f"{what}: rank {rank} failed: {failure}")
+                error.kind = failure.partition(":")[0]
+                raise self._known(error)
             if other != what:
                 raise self._known(
                     RankError(

@@ -520,8 +520,7 @@ class RolloutServer:
         if not self._config.restarts:
             return
         self._engine.let_requests_wait(self._config.restarts)
-        restore = self._sync.restore if self._sync.restorable else None
-        watching = watch(self._config, self._engine, self._lifecycle, self._box, restore)
+        watching = watch(self._config, self._engine, self._lifecycle, self._box, self._sync.restore)
         self._loop.submit(watching, "watching the engine")
 
     def _try_out(self) -> None:

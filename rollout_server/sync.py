@@ -3,7 +3,7 @@
 Runs in the thread that called, since gathering a sharded policy is the trainer's own work. The
 engine's side of each step is a coroutine on the server's loop (`transition.SyncTransition`).
 
-With several ranks, each of 1 to 3 counts when all have done it, and fails on all if on one.
+With several ranks, each counts when all have done it, and fails on all if on one.
 
 1. look: the policy has the tensors that the engine knows, and, on a verified sync, no NaN;
 2. begin: the engine is brought to rest and its weights' memory is there;
@@ -11,6 +11,8 @@ With several ranks, each of 1 to 3 counts when all have done it, and fails on al
 4. verify, on the first sync and every N-th: the parts once more, compared;
 5. commit: the version rises and requests flow. Or abort: what was is restored if nothing has been
    written, and the server is broken otherwise.
+
+If the engine of one of them dies on the way, another is started and all begin again at 1, at rest.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.config import RolloutConfig
+from rollout_server.config import LONGEST_BACKOFF, RolloutConfig
 from rollout_server.engine.engine import Engine
 from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.plan import Part, TensorSpec
@@ -34,6 +36,7 @@ from rollout_server.errors import (
     EngineDeadError,
     EngineTimeoutError,
     NotAvailableError,
+    RankError,
     RolloutServerError,
     StateError,
     UnsupportedModelError,
@@ -51,6 +54,7 @@ from rollout_server.weights.staging import Staging, Wanted
 from rollout_server.weights.transport import Exporter
 
 _TRIES = 5
+_DEATHS = (EngineDeadError.__name__, EngineTimeoutError.__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class WeightSync:
         self._syncs = 0
         self._frozen: tuple | None = None  # what frozen tensors the engine was given
         self._stamp: Any = None  # of the policy, when its weights were last sent
+        self._waiting: SyncTransition | None = None  # for another rank's engine, to write again
         if shared is not None:
             self.path, self.reason = "share", ""
         else:
@@ -120,51 +125,68 @@ class WeightSync:
     def push(self) -> SyncReport:
         """Give the engine the policy's weights as they are now; wakes it if it sleeps.
 
-        Where there is one rank, an engine that dies on the way is started anew, and takes them all.
+        An engine that dies on the way is started anew, for which the other ranks wait; then all of
+        them write once more.
         """
         started = time.perf_counter()
+        patience = self._config.sync_timeout
         with self._turn():
             while True:
                 try:
-                    return self._push(started, self._due())
-                except (EngineDeadError, EngineTimeoutError):
-                    if self._ranks.size > 1 or not self._lifecycle.down:
+                    return self._push(started, self._due(), patience)
+                except BaseException as error:
+                    if not self._begins_again(error):
                         raise
+                    patience += self._config.start_timeout + LONGEST_BACKOFF
 
     def restore(self) -> None:
         """The engine is down: start another, with the policy's weights as they are now.
 
         If these have changed since the last sync, that is a new version. Nothing happens where the
-        engine isn't down any more.
+        engine isn't down any more, or the policy can't be read now: the next `push` does it then.
         """
         with self._turn():
-            while self._lifecycle.down:
+            while self._lifecycle.down and self._readable:
                 with contextlib.suppress(EngineDeadError, EngineTimeoutError, StateError):
-                    self._push(time.perf_counter(), verify=False, restoring=True)
+                    self._push(time.perf_counter(), verify=False)
 
-    def _push(self, started: float, verify: bool, restoring: bool = False) -> SyncReport:
-        together = contextlib.nullcontext if restoring else self._together
+    def _push(self, started: float, verify: bool, patience: float | None = None) -> SyncReport:
+        """patience: for how long other ranks' engines are waited for; None: this one is alone with
+        an engine to restore."""
+        restoring = patience is None
+        together = _alone if restoring else self._together
         with together("sync_weights()"):
             source = self._look(verify)
-        sync: SyncTransition | None = None
+        sync, self._waiting = self._waiting, None
         try:
-            with together("sync_weights(): bringing the engine to rest"):
-                sync = self._call(self._lifecycle.begin_sync(restoring))
+            with together("sync_weights(): bringing the engine to rest", patience):
+                sync = sync or self._call(self._lifecycle.begin_sync(restoring))
             if sync.fresh:
-                self._exporter, self._frozen = Exporter(), None
-                verify = self._config.colocate != "resident"  # whose trainer may be at a step
+                self._exporter = Exporter()
+            told = [[sync.fresh, self._lifecycle.version]]
+            if not restoring:
+                told = self._gather("sync_weights(): engines", told[0])
+            if any(fresh for fresh, _ in told):  # also on others: all are at the same part
+                self._frozen = None
+                # Beside a "resident" engine the trainer may be at a step.
+                verify = not (restoring and self._config.colocate == "resident")
             same = restoring and self._policy.stamp() == self._stamp
             with together("sync_weights(): writing"):
                 size, tensors = (
                     self._put_whole(source, sync) if restoring else self._put(source, sync)
                 )
-                if verify:
+            if verify:
+                with together("sync_weights(): comparing"):
                     self._compare(source, sync.read)
-            version = self._call(sync.commit(same))
+            with together("sync_weights(): resuming"):
+                version = self._call(sync.commit(same, max(version for _, version in told)))
             self._stamp = self._policy.stamp()
         except BaseException as error:
-            if sync is not None:
-                self._call(sync.abort(error))
+            if sync is not None and not sync.ended:
+                if self._config.restarts and _died_elsewhere(error):
+                    self._waiting = sync
+                else:
+                    self._call(sync.abort(error))
             raise
         finally:
             self._tidy(source)
@@ -179,6 +201,20 @@ class WeightSync:
             tensors=tensors,
             verified=verify and self._comparable,
         )
+
+    def _begins_again(self, error: BaseException) -> bool:
+        """Whether all ranks do, since an engine has died that another can take the place of."""
+        again = False
+        try:
+            here = isinstance(error, (EngineDeadError, EngineTimeoutError))
+            if self._config.restarts and (here or _died_elsewhere(error)):
+                mended = self._lifecycle.down or not here
+                again = all(self._gather("sync_weights(): once more", mended))
+        finally:
+            waiting, self._waiting = self._waiting, self._waiting if again else None
+            if waiting is not None and not again:
+                self._call(waiting.abort(error))
+        return again
 
     def verify(self) -> None:
         """Compare what the engine holds with the policy; `WeightSyncError` names differences."""
@@ -320,8 +356,8 @@ class WeightSync:
             return await work(engine)
 
     @property
-    def restorable(self) -> bool:
-        """Whether `restore` can read the policy at any time, whatever the trainer does."""
+    def _readable(self) -> bool:
+        """Whether the policy can be read at any time, whatever the trainer and other ranks do."""
         source = self._policy.source(self._config.peft)
         merged = source.staged_from is not None and self._config.colocate == "resident"
         return not source.collective and not merged
@@ -341,12 +377,13 @@ class WeightSync:
         alone = source.adapter is not None and size == source.adapter.bytes
         return "adapter" if alone else self.path
 
+    def _gather(self, what: str, value: Any) -> list[Any]:
+        return self._ranks.gather(what, value, self._config.sync_timeout)
+
     @contextlib.contextmanager
-    def _together(self, what: str) -> Iterator[None]:
-        with (
-            self._ranks.together(what, self._config.sync_timeout),
-            self._group.together(what, self._config.sync_timeout),
-        ):
+    def _together(self, what: str, timeout: float | None = None) -> Iterator[None]:
+        timeout = timeout or self._config.sync_timeout
+        with self._ranks.together(what, timeout), self._group.together(what, timeout):
             yield
 
     @contextlib.contextmanager
@@ -360,6 +397,16 @@ class WeightSync:
             yield
         finally:
             self._one_at_a_time.release()
+
+
+def _alone(*_: Any) -> contextlib.AbstractContextManager:
+    """`WeightSync._together` of one rank that doesn't ask the others."""
+    return contextlib.nullcontext()
+
+
+def _died_elsewhere(error: BaseException) -> bool:
+    """Whether another rank failed since its engine did."""
+    return isinstance(error, RankError) and error.kind in _DEATHS
 
 
 def _path(config: RolloutConfig, description: Mapping[str, Any]) -> tuple[str, str]:
@@ -392,7 +439,8 @@ def _some(lines: list[str]) -> str:
 def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
     """The parts; if they are left early, on to their end where other ranks gather them too."""
     try:
-        yield from parts
+        for part in parts:  # noqa: UP028, since `yield from` would close them first
+            yield part
     except RuntimeError as error:  # of torch.distributed
         if not collective:
             raise

@@ -27,6 +27,7 @@ class SyncTransition:
         was_asleep: the engine's weights and KV cache had been given back.
         fresh: the engine is a new one, in the place of one that died.
         seconds_awaking: for waking, or starting.
+        ended: by `commit` or `abort`.
     """
 
     def __init__(self, steps: Steps, restoring: bool):
@@ -36,7 +37,7 @@ class SyncTransition:
         self._engine = steps.engine
         self.was_asleep = False
         self.fresh = False
-        self._ended = False
+        self.ended = False
         self._written = False
         self._running = asyncio.Lock()
         self.seconds_awaking = 0.0
@@ -100,14 +101,17 @@ class SyncTransition:
         async with self._running, self._steps.deadline(limit, "comparing weights"):
             return await work(self._engine)
 
-    async def commit(self, same: bool = False) -> int:
+    async def commit(self, same: bool = False, others: int = -1) -> int:
         """All is written: raise the version, unless the weights are the `same`, and let requests
-        flow. The version."""
-        return await to_its_end(self._commit, same)
+        flow. The version.
 
-    async def _commit(self, same: bool) -> int:
+        others: the newest version of other ranks' engines, that all have the same from now on.
+        """
+        return await to_its_end(self._commit, same, others)
+
+    async def _commit(self, same: bool, others: int) -> int:
         steps, before = self._steps, self._steps.version
-        version = before + (not same)
+        version = max(before, others) + (not same)
         try:
             with steps.breaking("resuming with new weights"):
                 wake = self._config.wake_timeout
@@ -133,7 +137,7 @@ class SyncTransition:
 
     async def _abort(self, error: BaseException) -> None:
         steps = self._steps
-        if self._ended:  # by a commit that failed
+        if self.ended:  # by a commit that failed
             return
         try:
             async with self._running:  # a step that its caller has left
@@ -163,7 +167,7 @@ class SyncTransition:
         steps.gate.open()
 
     def _end(self) -> None:
-        self._ended = True
+        self.ended = True
         self._steps.turn.release()
 
     async def _anything_written(self) -> bool:

@@ -17,17 +17,17 @@ _PERIOD = 0.5  # seconds
 
 async def watch(
     config: RolloutConfig, engine: Engine, lifecycle: Lifecycle, box: StateBox,
-    restore: Callable[[], None] | None,
+    restore: Callable[[], None],
 ) -> None:  # fmt: skip
     """Until the server is closed: notice that the engine has died or hangs, and have it replaced.
 
-    restore: starts another one, with weights; it blocks. None: only the trainer's next sync can.
+    restore: starts another one, with weights, if the policy can be read now; it blocks.
     """
     while box.state is not State.CLOSED:
         await asyncio.sleep(_PERIOD)
         if box.state is State.AWAKE:
             await _look(config, engine, lifecycle)
-        if box.state is State.DOWN and restore is not None:
+        if box.state is State.DOWN:
             try:
                 await in_thread(restore)
             except Exception as error:

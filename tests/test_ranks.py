@@ -50,7 +50,8 @@ KINDS = ("fsdp2", "ddp", "fsdp1", "zero3")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
-    """For each kind three optimizer steps on each rank's own data; `verify_weights` after each."""
+    """For each kind three optimizer steps on each rank's own data; `verify_weights` after each.
+    Then engines die in syncs."""
     bucket = 8 * MIB
     process = start("train.py", ",".join(KINDS), tiny_folder, bucket, told=tmp_path)
     _, errors = process.communicate(timeout=380)
@@ -72,6 +73,13 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
     newest = first["kinds"][KINDS[-1]]["version"]
     assert first["reached"] == second["reached"] == [newest, newest]
     assert first["key"] == second["key"]
+    for mine, other in zip(first["mended"], second["mended"], strict=True):
+        assert mine["ids"] == other["ids"] and mine["versions"] == other["versions"]
+        assert mine["versions"][1] > mine["versions"][0]
+        assert mine["state"] == other["state"] == "awake"
+    assert [[step["another"] for step in line["mended"]] for line in (first, second)] == [
+        [False, True], [True, False],
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

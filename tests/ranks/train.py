@@ -137,6 +137,41 @@ def run(kind, server, current, folder):
     }  # fmt: skip
 
 
+def mended(server, current, folder, rank):
+    """An engine dies in a sync, one at its first write, then the other's when it is to resume."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for layer in model.model.layers[1:]:
+        layer.requires_grad_(False)
+    current[0] = _wrapped("fsdp2", model)
+    server.sync_weights()  # from here on frozen tensors stay where they are
+    lines = []
+    for dying, step in ((1, "write_weights"), (0, "set_weight_version")):
+        if rank == dying:
+            dies_at(server, step)
+        version, pid = server.policy_version, server.engine_pid
+        server.sync_weights()
+        server.verify_weights()
+        (completion,) = server.generate([21, 22, 23], {"temperature": 0, "max_tokens": 8})
+        lines.append({
+            "versions": [version, server.policy_version], "ids": completion.ids,
+            "state": server.state, "another": server.engine_pid != pid,
+        })  # fmt: skip
+    return lines
+
+
+def dies_at(server, step):
+    """The engine is killed as it is asked for the step, the next time."""
+    engine, whole = server._engine, getattr(server._engine, step)
+
+    async def killed(*args):
+        setattr(engine, step, whole)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        return await whole(*args)
+
+    setattr(engine, step, killed)
+
+
 def main():
     kinds, folder, bucket = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3])
     dist.init_process_group("gloo")
@@ -159,6 +194,7 @@ def main():
             "urls": server.base_urls, "own": server.base_url, "kinds": results,
             "reached": [ask(server, url) for url in server.base_urls],
             "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
+            "mended": mended(server, current, folder, rank),
         })  # fmt: skip
         dist.barrier()
     dist.destroy_process_group()
