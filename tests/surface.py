@@ -52,9 +52,17 @@ def explore(server, cases, number=0):
         both = {**description, "paths": served(description)["paths"] | own["paths"]}
         schema = schemathesis.openapi.from_dict(both)
         operations = [found.ok() for found in schema.get_all_operations()]
+        varied = sum(map(_varies, operations))
         for operation in operations:
-            _send(client, root, operation, cases // len(operations), number, counts)
+            share = -(-cases // varied) if _varies(operation) else 1
+            _send(client, root, operation, share, number, counts)
     return counts
+
+
+def _varies(operation):
+    """Whether there is more than one request for it."""
+    raw = operation.definition.raw
+    return bool(raw.get("requestBody") or raw.get("parameters"))
 
 
 def _shorten(path, request):
