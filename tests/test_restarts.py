@@ -1,6 +1,7 @@
 """Engines that die or hang, and what becomes of requests. Each test but the last takes one of the
 server's restarts, so they run in their order."""
 
+import asyncio
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from test_agent_clients import goes_on
 from transformers import AutoModelForCausalLM
 
 from rollout_server import attach
+from rollout_server.engine.loop import LoopThread
 from rollout_server.errors import EngineDeadError, StateError
 from rollout_server.restarts import Restarts
 
@@ -243,6 +245,21 @@ def test_closed_in_the_middle_of_a_sync(tiny, tokenizer):
             assert held.result().status_code == 503
     server.close()
     assert server.state == "closed"
+
+
+def test_who_waits_for_a_loop_that_stops_is_told():
+    loop = LoopThread()
+    with ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+
+        async def wait():
+            begun.set()
+            await asyncio.sleep(60)
+
+        waiting = pool.submit(loop.call, wait(), 60, "waiting")
+        assert begun.wait(5) and loop.stop(5)
+        with pytest.raises(StateError, match="waiting: the server was closed"):
+            waiting.result(5)
 
 
 def test_the_restarts_of_the_last_hour_count():

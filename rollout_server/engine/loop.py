@@ -122,6 +122,8 @@ class LoopThread:
                 raise
             future.cancel()
             raise DeadlineError(f"{what}: not done after {timeout:g} s") from None
+        except concurrent.futures.CancelledError:  # by `stop`
+            raise StateError(f"{what}: the server was closed meanwhile") from None
         except BaseException:
             future.cancel()
             raise
