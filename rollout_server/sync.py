@@ -7,7 +7,7 @@ With several ranks, each counts when all have done it, and fails on all if on on
 
 1. look: the policy has the tensors that the engine knows, and, on a verified sync, no NaN;
 2. begin: the engine is brought to rest and its weights' memory is there;
-3. write: part by part; while the engine copies one, the next is gathered;
+3. write: part by part (sending.py);
 4. verify, on the first sync and every N-th: the parts once more, compared;
 5. commit: the version rises and requests flow. Or abort: what was is restored if nothing has been
    written, and the server is broken otherwise.
@@ -18,18 +18,14 @@ If the engine of one of them dies on the way, another is started and all begin a
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from rollout_server.config import LONGEST_BACKOFF, RolloutConfig
 from rollout_server.engine.engine import Engine
 from rollout_server.engine.loop import LoopThread
-from rollout_server.engine.plan import Part, TensorSpec
+from rollout_server.engine.plan import TensorSpec
 from rollout_server.errors import (
     ConfigError,
     DeadlineError,
@@ -37,21 +33,17 @@ from rollout_server.errors import (
     EngineTimeoutError,
     NotAvailableError,
     RankError,
-    RolloutServerError,
     StateError,
-    UnsupportedModelError,
     WeightSyncError,
-    first_line,
 )
 from rollout_server.group import GroupEngine
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
+from rollout_server.sending import Sender
 from rollout_server.transition import SyncTransition
 from rollout_server.weights.shared import SharedWeights, require_shareable
-from rollout_server.weights.source import Adapter, Source, require_same
-from rollout_server.weights.staging import Staging, Wanted
-from rollout_server.weights.transport import Exporter
+from rollout_server.weights.source import Source, require_same
 
 _TRIES = 5
 _DEATHS = (EngineDeadError.__name__, EngineTimeoutError.__name__)
@@ -103,24 +95,16 @@ class WeightSync:
         common with the policy, with colocate="share"; group: of the ranks, those of this engine."""
         self._policy = policy
         self._config = config
-        self._loop = loop
         self._lifecycle = lifecycle
         self._specs = specs
         self._shared = shared
-        self._engine = engine
         self._ranks = ranks
         self._group = group
-        self._exporter = Exporter()
-        self._staging = Staging(config.sync_bucket_bytes, _wanted(engine.description))
+        self.sender = Sender(config, loop, engine, shared)
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
-        self._frozen: tuple | None = None  # what frozen tensors the engine was given
         self._stamp: Any = None  # of the policy, when its weights were last sent
         self._waiting: SyncTransition | None = None  # for another rank's engine, to write again
-        if shared is not None:
-            self.path, self.reason = "share", ""
-        else:
-            self.path, self.reason = _path(config, engine.description)
 
     def push(self) -> SyncReport:
         """Give the engine the policy's weights as they are now; wakes it if it sleeps.
@@ -160,36 +144,34 @@ class WeightSync:
         sync, self._waiting = self._waiting, None
         try:
             with together("sync_weights(): bringing the engine to rest", patience):
-                sync = sync or self._call(self._lifecycle.begin_sync(restoring))
-            if sync.fresh:
-                self._exporter = Exporter()
+                sync = sync or self.sender.call(self._lifecycle.begin_sync(restoring))
             told = [[sync.fresh, self._lifecycle.version]]
             if not restoring:
                 told = self._gather("sync_weights(): engines", told[0])
             if any(fresh for fresh, _ in told):  # also on others: all are at the same part
-                self._frozen = None
+                self.sender.renew(here=sync.fresh)
                 # Beside a "resident" engine the trainer may be at a step.
                 verify = not (restoring and self._config.colocate == "resident")
             same = restoring and self._policy.stamp() == self._stamp
             with together("sync_weights(): writing"):
                 size, tensors = (
-                    self._put_whole(source, sync) if restoring else self._put(source, sync)
+                    self._put_whole(source, sync) if restoring else self.sender.put(source, sync)
                 )
             if verify:
                 with together("sync_weights(): comparing"):
-                    self._compare(source, sync.read)
+                    self.sender.compare(source, sync.read)
             with together("sync_weights(): resuming"):
-                version = self._call(sync.commit(same, max(version for _, version in told)))
+                version = self.sender.call(sync.commit(same, max(version for _, version in told)))
             self._stamp = self._policy.stamp()
         except BaseException as error:
             if sync is not None and not sync.ended:
                 if self._config.restarts and _died_elsewhere(error):
                     self._waiting = sync
                 else:
-                    self._call(sync.abort(error))
+                    self.sender.call(sync.abort(error))
             raise
         finally:
-            self._tidy(source)
+            self.sender.tidy(source)
         self._syncs += 1
         return SyncReport(
             version=version,
@@ -197,9 +179,9 @@ class WeightSync:
             seconds=time.perf_counter() - started,
             wake_seconds=sync.seconds_awaking,
             path=self._path_of(source, size),
-            reason=self.reason,
+            reason=self.sender.reason,
             tensors=tensors,
-            verified=verify and self._comparable,
+            verified=verify and self.sender.comparable,
         )
 
     def _begins_again(self, error: BaseException) -> bool:
@@ -213,33 +195,33 @@ class WeightSync:
         finally:
             waiting, self._waiting = self._waiting, self._waiting if again else None
             if waiting is not None and not again:
-                self._call(waiting.abort(error))
+                self.sender.call(waiting.abort(error))
         return again
 
     def verify(self) -> None:
         """Compare what the engine holds with the policy; `WeightSyncError` names differences."""
-        if not self._comparable:
+        if not self.sender.comparable:
             raise NotAvailableError(
                 "the engine's weights can't be compared with the policy's: they went the way of "
-                f"{self.path!r} ({self.reason}), which may rearrange them"
+                f"{self.sender.path!r} ({self.sender.reason}), which may rearrange them"
             )
         with self._turn(), self._together("verify_weights()"):
             source = self._policy.source(self._config.peft)
             require_same(self._specs, source.specs, dtypes=self._shared is not None)
             try:
-                self._compare(source, self._read)
+                self.sender.compare(source, self._read)
             finally:
-                self._tidy(source)
+                self.sender.tidy(source)
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
         if self._shared is not None:
             require_shareable(source)  # a trainer may wrap its model after attach()
         require_same(self._specs, source.specs, dtypes=self._shared is not None)
-        if source.adapter is not None and not self._comparable:
+        if source.adapter is not None and not self.sender.comparable:
             raise ConfigError(
                 f"peft='adapter' needs weights that can be copied to where they are used, but they "
-                f"go the way of {self.path!r} ({self.reason}); use peft='merge'"
+                f"go the way of {self.sender.path!r} ({self.sender.reason}); use peft='merge'"
             )
         check = self._config.check_finite
         if (check == "always" or (check == "verified" and verify)) and (bad := source.not_finite()):
@@ -249,107 +231,16 @@ class WeightSync:
             )
         return source
 
-    def _put(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        """(bytes, tensors) that were copied."""
-        if self._shared is not None:
-            done = _sum(self._shared.refresh(source.tensors), self._write_rest(source, sync))
-            self._shared.finish()
-        else:
-            done = self._write(self._due_parts(source, sync), source, sync)
-        if source.adapter is not None:
-            done = _sum(done, self._write_adapter(source.adapter, sync))
-        self._frozen = source.frozen_state
-        return done
-
     def _put_whole(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        """As `_put`, beside a trainer that may be in an optimizer step: then once more."""
+        """As `Sender.put`, beside a trainer that may be in an optimizer step: then once more."""
         for _ in range(_TRIES):
             before = self._policy.stamp()
-            done = self._put(source, sync)
+            done = self.sender.put(source, sync)
             if source.staged_from is not None or self._policy.stamp() == before:
                 return done
         raise WeightSyncError(
             f"the policy's weights changed each of {_TRIES} times that they were copied"
         )
-
-    def _write_rest(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        rest = self._shared.rest(source)
-        return self._write(rest.parts(self._staging), rest, sync)
-
-    def _due_parts(self, source: Source, sync: SyncTransition) -> Iterator[Part]:
-        """All parts, but for frozen ones that the engine still has."""
-        if sync.was_asleep or self._frozen is None or self._frozen != source.frozen_state:
-            return source.parts(self._staging)
-        return source.trained_parts(self._staging)
-
-    def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> tuple[int, int]:
-        """The adapter's tensors; vLLM's buffers are made anew at first and after each sleep."""
-        fresh = sync.was_asleep or sync.fresh or self._syncs == 0
-        message = self._exporter.export(adapter.part())
-        scaling = dict(adapter.scaling)
-        work = sync.write(lambda engine: engine.write_adapter(message, scaling, fresh))
-        report = self._call(work)
-        return report["bytes"], report["tensors"]
-
-    def _write(
-        self, parts: Iterator[Part], source: Source, sync: SyncTransition
-    ) -> tuple[int, int]:
-        running: deque[Future] = deque()
-        size = tensors = 0
-
-        def finish(but: int) -> None:
-            nonlocal size, tensors
-            while len(running) > but:
-                report = self._loop.result(running.popleft(), self._allowed, "sync_weights()")
-                size, tensors = size + report["bytes"], tensors + report["tensors"]
-
-        try:
-            with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
-                for part in walk:
-                    work = self._writing(self._exporter.export(part), part.number == 0, part.last)
-                    running.append(self._loop.submit(sync.write(work), "sync_weights()"))
-                    finish(but=1)  # the memory of the part before this one is written next
-                finish(but=0)
-        finally:  # what was begun ends, so that ranks with one engine stay in step
-            while running:
-                with contextlib.suppress(Exception):
-                    self._loop.result(running.popleft(), self._allowed, "sync_weights()")
-        return size, tensors
-
-    def _tidy(self, source: Source) -> None:
-        """Give the buckets back, here and in the engine."""
-        first = 0 if self._shared is not None else source.staged_from
-        if first is not None and self._exporter.forget(first):
-            self._staging.release()
-            with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
-                self._call(self._engine.forget_weights(first))
-
-    def _writing(self, message: bytes, first: bool, last: bool) -> Callable[[Engine], Any]:
-        if self.path in ("plan", "share"):
-            return lambda engine: engine.write_weights(message)
-        layerwise = self.path == "layerwise"
-        return lambda engine: engine.reload_weights(message, first, last, layerwise)
-
-    def _compare(self, source: Source, read: Callable) -> None:
-        if not self._comparable:
-            return
-        differ: list[str] = []
-        parts = source.parts(self._staging)
-        with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
-            for part in walk:
-                message = self._exporter.export(part)
-                differ += self._call(read(lambda engine, m=message: engine.compare_weights(m)))
-        if source.adapter is not None:
-            message = self._exporter.export(source.adapter.part())
-            differ += self._call(read(lambda engine: engine.compare_adapter(message)))
-        if differ:
-            raise WeightSyncError(
-                f"the engine's weights differ from the trainer's in {list(dict.fromkeys(differ))}"
-            )
-
-    @property
-    def _comparable(self) -> bool:
-        return self.path in ("plan", "share")
 
     async def _read(self, work: Callable) -> Any:
         async with self._lifecycle.reading() as engine:
@@ -366,16 +257,13 @@ class WeightSync:
         every = self._config.verify_every
         return self._syncs == 0 or (every > 0 and self._syncs % every == 0)
 
-    def _call(self, work: Any) -> Any:
-        return self._loop.call(work, self._allowed, "sync_weights()")
-
     @property
     def _allowed(self) -> float:
         return self._config.transition_time
 
     def _path_of(self, source: Source, size: int) -> str:
         alone = source.adapter is not None and size == source.adapter.bytes
-        return "adapter" if alone else self.path
+        return "adapter" if alone else self.sender.path
 
     def _gather(self, what: str, value: Any) -> list[Any]:
         return self._ranks.gather(what, value, self._config.sync_timeout)
@@ -407,60 +295,3 @@ def _alone(*_: Any) -> contextlib.AbstractContextManager:
 def _died_elsewhere(error: BaseException) -> bool:
     """Whether another rank failed since its engine did."""
     return isinstance(error, RankError) and error.kind in _DEATHS
-
-
-def _path(config: RolloutConfig, description: Mapping[str, Any]) -> tuple[str, str]:
-    """(path, reason) by the options and what the engine says of itself."""
-    obstacles = description["obstacles"]
-    if description["device"] == "cpu" and description["repacked"]:
-        raise UnsupportedModelError(
-            f"{_some(description['repacked'])}; a reload on vLLM's CPU engine doesn't renew what "
-            "it has packed: serve a dense model that isn't quantised and leave worker_cls out of "
-            "engine_args, or use a GPU"
-        )
-    if config.sync_path not in ("auto", "plan"):
-        return config.sync_path, f"sync_path={config.sync_path!r}"
-    if not obstacles:
-        return "plan", ""
-    shown = _some(obstacles)
-    if config.sync_path == "plan":
-        raise ConfigError(
-            f"sync_path='plan', but weights can't be copied to where they are used: {shown}; "
-            "leave sync_path='auto' to fall back on vLLM's layerwise reload"
-        )
-    return "layerwise", shown
-
-
-def _some(lines: list[str]) -> str:
-    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return "; ".join(lines[:3]) + more
-
-
-def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
-    """The parts; if they are left early, on to their end where other ranks gather them too."""
-    try:
-        for part in parts:  # noqa: UP028, since `yield from` would close them first
-            yield part
-    except RuntimeError as error:  # of torch.distributed
-        if not collective:
-            raise
-        raise WeightSyncError(
-            f"gathering the policy's weights failed ({first_line(error)}); another rank may have "
-            "ended: look at its output"
-        ) from error
-    finally:
-        if collective:
-            for _ in parts:
-                pass
-        parts.close()
-
-
-def _sum(*counts: tuple[int, int]) -> tuple[int, int]:
-    return tuple(map(sum, zip(*counts, strict=True)))
-
-
-def _wanted(description: Mapping[str, Any]) -> Wanted:
-    return Wanted(
-        {name: getattr(torch, dtype) for name, dtype in description["dtypes"].items()},
-        set(description["splittable"]),
-    )

@@ -192,12 +192,12 @@ def _wake(server: RolloutServer) -> float:
 
 
 def _layerwise(server: RolloutServer) -> float:
-    usual = server._sync.path
-    server._sync.path = "layerwise"
+    usual = server._sync.sender.path
+    server._sync.sender.path = "layerwise"
     try:
         return _seconds(server.sync_weights)
     finally:
-        server._sync.path = usual
+        server._sync.sender.path = usual
 
 
 def _per_parameter(server: RolloutServer, policy: Any) -> Callable[[], float]:
