@@ -10,7 +10,8 @@ from rollout_server.race import Overtaken, unless
 
 DEPTH = 64  # of objects and arrays in each other
 _LARGE = 1 << 63  # what vLLM's messages have no room for
-_DIGITS = re.compile(rb"\d{19}")
+_DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))  # each digit to 0
+_MANY = b"0" * 19
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -67,7 +68,7 @@ def parse(body: bytes) -> Any:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body isn't UTF-8: {error.reason} at byte {error.start}") from None
-    integers = _integer if _DIGITS.search(body) else None
+    integers = _integer if _MANY in body.translate(_DIGITS) else None
     try:
         value = json.loads(
             text, parse_constant=_refuse_constant, object_pairs_hook=_object, parse_int=integers
