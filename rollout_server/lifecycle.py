@@ -67,13 +67,10 @@ class Lifecycle:
             if steps.box.state is State.ASLEEP:
                 return
             with steps.journal.sleeping():
-                try:
+                with steps.unless_down():
                     if not self.down:
                         await steps.rest()
                         await steps.fall_asleep()
-                except (EngineDeadError, EngineTimeoutError):
-                    if not self.down:
-                        raise
                 if self.down:  # its memory is free; it is started anew when it is to wake
                     steps.box.move(State.ASLEEP)
 

@@ -40,6 +40,7 @@ from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
 from rollout_server.redact import remember
 from rollout_server.report import Report, now, of_journal, of_model, report
+from rollout_server.sending import Sender
 from rollout_server.starting import join_group, start_engine
 from rollout_server.state import State, StateBox
 from rollout_server.steps import Steps
@@ -102,9 +103,10 @@ class RolloutServer:
                 start = self._start_engine(source, devices)
                 self._loop.call(start, config.start_timeout, "starting the engine")
             with progress.step("taking the policy's weights"):
+                sender = Sender(config, self._loop, self._engine, self._shared)
                 self._sync = WeightSync(
-                    policy, config, self._loop, self._engine, self._lifecycle, source.specs,
-                    self._shared, self._ranks, self._group,
+                    policy, config, sender, self._lifecycle, source.specs, self._shared,
+                    self._ranks, self._group,
                 )  # fmt: skip
                 self._journal.sync(self._sync.push)
                 self._rest_while_stepping()

@@ -116,6 +116,15 @@ class Steps:
             await asyncio.sleep(0.01)
 
     @contextlib.contextmanager
+    def unless_down(self) -> Iterator[None]:
+        """Leaves the block where the engine has ended in it and another may be started."""
+        try:
+            yield
+        except (EngineDeadError, EngineTimeoutError):
+            if not self.down:
+                raise
+
+    @contextlib.contextmanager
     def breaking(self, doing: str) -> Iterator[None]:
         """If the block raises in a transition, its engine is in an unknown condition: the server is
         down, or broken where that can't be mended."""

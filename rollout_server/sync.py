@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.config import LONGEST_BACKOFF, RolloutConfig
-from rollout_server.engine.engine import Engine
-from rollout_server.engine.loop import LoopThread
 from rollout_server.engine.plan import TensorSpec
 from rollout_server.errors import (
     ConfigError,
@@ -36,7 +34,6 @@ from rollout_server.errors import (
     StateError,
     WeightSyncError,
 )
-from rollout_server.group import GroupEngine
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
@@ -83,8 +80,7 @@ class WeightSync:
         self,
         policy: Policy,
         config: RolloutConfig,
-        loop: LoopThread,
-        engine: Engine | GroupEngine,
+        sender: Sender,
         lifecycle: Lifecycle,
         specs: Mapping[str, TensorSpec],
         shared: SharedWeights | None,
@@ -95,12 +91,12 @@ class WeightSync:
         common with the policy, with colocate="share"; group: of the ranks, those of this engine."""
         self._policy = policy
         self._config = config
+        self.sender = sender
         self._lifecycle = lifecycle
         self._specs = specs
         self._shared = shared
         self._ranks = ranks
         self._group = group
-        self.sender = Sender(config, loop, engine, shared)
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
         self._stamp: Any = None  # of the policy, when its weights were last sent
@@ -193,8 +189,8 @@ class WeightSync:
                 mended = self._lifecycle.down or not here
                 again = all(self._gather("sync_weights(): once more", mended))
         finally:
-            waiting, self._waiting = self._waiting, self._waiting if again else None
-            if waiting is not None and not again:
+            if self._waiting is not None and not again:
+                waiting, self._waiting = self._waiting, None
                 self.sender.call(waiting.abort(error))
         return again
 

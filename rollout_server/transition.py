@@ -51,7 +51,8 @@ class SyncTransition:
                 raise StateError("the engine isn't down any more")
             self.was_asleep = steps.box.state is State.ASLEEP
             if steps.box.state is State.AWAKE:
-                await self._rest()
+                with steps.unless_down():
+                    await steps.rest()
             if self.was_asleep or steps.down:
                 steps.box.move(State.WAKING)
             with steps.breaking("waking the weights"):
@@ -60,13 +61,6 @@ class SyncTransition:
         except BaseException:
             self._end()
             raise
-
-    async def _rest(self) -> None:
-        try:
-            await self._steps.rest()
-        except (EngineDeadError, EngineTimeoutError):
-            if not self._steps.down:
-                raise
 
     async def _wake_weights(self) -> None:
         steps = self._steps
