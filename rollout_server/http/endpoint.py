@@ -7,7 +7,6 @@ from typing import Any
 
 from rollout_server.config import RolloutConfig
 from rollout_server.http.app import layered, serving_app
-from rollout_server.http.calls import tap
 from rollout_server.http.gate import Gate
 from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
@@ -15,6 +14,7 @@ from rollout_server.http.native import Generate
 from rollout_server.http.scrape import Scrape
 from rollout_server.http.seen import Seen
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.taps import tap
 from rollout_server.journal import Journal
 
 
