@@ -13,6 +13,7 @@ from rollout_server.http.layers import Hold, Routes
 from rollout_server.http.limits import Limits
 from rollout_server.http.record import Calls
 from rollout_server.http.sessions import Owner, Rewards, Sessions
+from rollout_server.http.turns import Turns
 
 
 async def serving_app(
@@ -49,7 +50,7 @@ def layered(
     fields that a request leaves out.
     """
     limits = limits or Limits()
-    calls = Calls(Faults(Handed(app)), gate, version, names, vocabulary, sampling)
+    calls = Calls(Turns(Faults(Handed(app))), gate, version, names, vocabulary, sampling)
     return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rollout_server.engine import compat
 from rollout_server.engine.sampling import neutral
+from rollout_server.http.accepted import Earlier
 from rollout_server.http.gate import Gate
 from rollout_server.http.options import Options
 from rollout_server.http.splice import Known, Message
@@ -85,6 +86,8 @@ class Call:
     """
     known: finds the tokens of an earlier answer, given the messages as the template gets them and
     what else it gets; carried: whether they came from the client, which may have edited them.
+    earlier: the first messages, as vLLM left them in an earlier request, which it isn't handed
+    again; rendered: the messages that it is rendering.
     died: why the engine that had it won't answer.
     """
 
@@ -94,6 +97,8 @@ class Call:
     options: Options
     carried: bool = False
     with_logprobs: bool = False
+    earlier: Earlier = field(default_factory=Earlier)
+    rendered: Sequence[Message] = ()
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)

@@ -60,8 +60,9 @@ class Endpoint:
         """
         parser = self._config.reasoning_parser
         app = await serving_app(client, names, sampling, tool_parser, parser)
+        # The trainer's tokenizer isn't thread-safe.
+        tap(client, app.state.openai_serving_chat, copy.deepcopy(tokenizer))
         app = Scrape(app, self._journal.metrics)
-        tap(client, copy.deepcopy(tokenizer))  # the trainer's isn't thread-safe
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
             Generate(app, client, sampling, version), self._key, self.gate, version, self.sessions,

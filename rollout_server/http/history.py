@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollout_server.http.splice import Message, text_of
+from rollout_server.trajectories.leading import shared
 
 _NONE = object()  # no request yet
 
@@ -47,11 +48,7 @@ class History:
         if template != self._template:
             seed = hashlib.blake2b(repr(template).encode(), digest_size=16).digest()
             self._template, self._messages, self._hashes = template, [], [seed]
-        same = 0
-        for mine, other in zip(self._messages, messages, strict=False):
-            if mine != other:
-                break
-            same += 1
+        same = shared(self._messages, messages)
         del self._messages[same:], self._hashes[same + 1 :]
         for message in messages[same:]:
             self._messages.append(message)

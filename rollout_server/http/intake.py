@@ -7,6 +7,7 @@ that a request that is held has a body of known size, and its client's going awa
 """
 
 import asyncio
+import json
 from typing import Any
 
 from rollout_server.http.body import Gone, again, parse, read_body
@@ -15,7 +16,8 @@ from rollout_server.http.limits import Limits
 from rollout_server.http.refusals import refuse_content, refuse_headers
 from rollout_server.http.tokens import BadRequest
 
-BODY, REQUEST = "rollout_body", "rollout_request"  # in the ASGI scope, of a POST: bytes, JSON
+# In the ASGI scope of a POST: the body, None where a layer has changed what is in it, and that.
+BODY, REQUEST = "rollout_body", "rollout_request"
 _CUT = {"connection": "close"}  # what else the client sends isn't read
 
 
@@ -96,4 +98,9 @@ class Handed:
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        await self._app(scope, again(scope[BODY], receive) if BODY in scope else receive, send)
+        if BODY in scope:
+            body = scope[BODY]
+            if body is None:
+                body = json.dumps(scope[REQUEST]).encode()
+            receive = again(body, receive)
+        await self._app(scope, receive, send)

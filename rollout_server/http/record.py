@@ -54,7 +54,7 @@ class Calls:
         if (scope["method"], scope["path"]) not in _RENDERS:
             await self._app(scope, receive, send)
             return
-        live, body, given = scope.get(SESSION), scope[BODY], scope[REQUEST]
+        live, given = scope.get(SESSION), scope[REQUEST]
         request = given if isinstance(given, dict) else {}  # vLLM will tell its sender
         try:
             note(scope).call = call = self._call(scope["path"], live, request)
@@ -73,8 +73,7 @@ class Calls:
             with self._gate.finishing() if finishes else contextlib.nullcontext():
                 passed_on = self._for_vllm(live, request)
                 if passed_on != request:
-                    body = json.dumps(passed_on).encode()
-                    scope = {**scope, BODY: body, REQUEST: passed_on}
+                    scope = {**scope, BODY: None, REQUEST: passed_on}
                 await self._app(scope, receive, answer.send)
         finally:
             current.reset(token)

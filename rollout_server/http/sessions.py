@@ -9,6 +9,7 @@ from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.http import routes
+from rollout_server.http.accepted import Accepted
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
 from rollout_server.http.intake import REQUEST
@@ -28,6 +29,7 @@ class Live:
 
     session: Session
     history: History = field(default_factory=History)
+    accepted: Accepted = field(default_factory=Accepted)
     answered: OrderedDict[bytes, Any] = field(default_factory=OrderedDict)
 
     def remember(self, name: bytes, answer: Any) -> None:

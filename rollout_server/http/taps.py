@@ -1,11 +1,13 @@
 """What is wrapped of vLLM, so that requests are token-exact and recorded by the tokens themselves.
 
 Its routes, streaming or not, all render messages through one method of its renderer and sample
-through one method of its client.
+through one method of its client. That of chat completions is given whole conversations again.
 """
 
 import contextlib
 import dataclasses
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +16,13 @@ from rollout_server.http.calls import Start, current
 from rollout_server.http.splice import Message, Splicer
 
 
-def tap(client: Any, tokenizer: Any) -> None:
-    """Have an `AsyncLLM` tell the `current` call what it renders and samples."""
+def tap(client: Any, chat: Any, tokenizer: Any) -> None:
+    """Have an `AsyncLLM` tell the `current` call what it renders and samples.
+
+    chat: vLLM's handler of chat completions; tokenizer: for this alone.
+    """
+    if chat is not None:
+        _tap_chat(chat)
     _tap_generate(client)
     _tap_render(client.renderer, Splicer(tokenizer, _ends(client.model_config)))
 
@@ -24,6 +31,18 @@ def _ends(model_config: Any) -> list[int]:
     """Ids of the tokens at which vLLM ends an answer."""
     ends = (model_config.try_get_generation_config() or {}).get("eos_token_id")
     return [ends] if isinstance(ends, int) else list(ends or ())
+
+
+def _tap_chat(chat: Any) -> None:
+    create = chat.create_chat_completion
+
+    async def tapped(request, *others, **options):
+        call = current.get()
+        if call is not None:
+            request.messages = [*call.earlier.messages, *request.messages]
+        return await create(request, *others, **options)
+
+    chat.create_chat_completion = tapped
 
 
 def _tap_generate(client: Any) -> None:
@@ -51,18 +70,24 @@ def _tap_generate(client: Any) -> None:
 
 
 def _tap_render(renderer: Any, splicer: Splicer) -> None:
-    render = renderer.render_messages_async
+    render, parse_is_tapped = renderer.render_messages_async, _tap_parse(renderer)
 
     async def tapped(messages, params):
         call = current.get()
         if call is None:
             return await render(messages, params)
-        call.messages = [_plain(m) for m in messages]
+
+        async def rendered(messages, params):
+            call.rendered = messages if parse_is_tapped else _copies(messages)
+            return await render(call.rendered, params)
+
+        known_before = call.earlier.messages
+        call.messages = [*known_before, *map(_plain, messages[len(known_before) :])]
         call.template = _template(params)
         options = params.chat_template_kwargs
         known = call.known(call.messages, call.template)
         if known is None or options.get("continue_final_message"):
-            return await render(_copies(call.messages), params)
+            return await rendered(call.messages, params)
         conversation = None
 
         async def text(messages, generation):
@@ -71,8 +96,8 @@ def _tap_render(renderer: Any, splicer: Splicer) -> None:
             if not generation:
                 chosen["add_generation_prompt"] = False
             try:
-                conversation, prompt = await render(
-                    _copies(messages), dataclasses.replace(params, chat_template_kwargs=chosen)
+                conversation, prompt = await rendered(
+                    messages, dataclasses.replace(params, chat_template_kwargs=chosen)
                 )
             except compat.request_errors():
                 return None
@@ -85,9 +110,36 @@ def _tap_render(renderer: Any, splicer: Splicer) -> None:
             ids = await splicer.splice(call.messages, known, text, call.template)
             if ids is not None:
                 return conversation, {"prompt_token_ids": ids}
-        return await render(_copies(call.messages), params)
+        return await rendered(call.messages, params)
 
     renderer.render_messages_async = tapped
+
+
+def _tap_parse(renderer: Any) -> bool:
+    """What vLLM's usual renderer makes of messages for their template is kept for the next turn.
+    Other renderers' it can't be kept of: False."""
+    module = sys.modules[type(renderer).__module__]
+    parse = getattr(module, "parse_chat_messages_async", None)
+    if module.__name__ != "vllm.renderers.hf" or parse is None:
+        return False
+    if hasattr(parse, "tapped"):  # for an engine before this one
+        return True
+
+    @functools.wraps(parse)
+    async def tapped(messages, model_config, content_format, **options):
+        def copied(messages):
+            return parse(_copies(messages), model_config, content_format, **options)
+
+        call = current.get()
+        if call is None or messages is not call.rendered:
+            return await parse(messages, model_config, content_format, **options)
+        if model_config.is_multimodal_model:  # media have their places among all messages
+            return await copied(messages)
+        return await call.earlier.parse(messages, content_format, copied)
+
+    tapped.tapped = True
+    module.parse_chat_messages_async = tapped
+    return True
 
 
 def _template(params: Any) -> Any:

@@ -9,6 +9,7 @@ from rollout_server.http.splice import Known, Message
 PROMPT, SAMPLED, LOGPROBS = "prompt_token_ids", "generation_token_ids", "generation_log_probs"
 UNMASKED = "generation_log_probs_unmasked"
 PREFIX = "required_prefix_token_ids"
+_FIELDS = frozenset((PROMPT, SAMPLED, LOGPROBS, UNMASKED))  # of a message
 
 
 class BadRequest(ValueError):
@@ -27,6 +28,8 @@ def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
         if not isinstance(message, dict) or message.get("role") != "assistant":
             continue
         last = at
+        if _FIELDS.isdisjoint(message):
+            continue
         name = f"messages[{at}]."
         fields = {field: message.get(field) for field in (PROMPT, SAMPLED)}
         for field in (PROMPT, SAMPLED):

@@ -10,10 +10,13 @@ sampled. A split keeps it: the new node takes the beginning, and the old one, wh
 `TokenTree.calls`, stays the end.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from rollout_server.trajectories.leading import shared
 
 # Instead of minus infinity, which a softmax in low precision can give; vLLM has the same.
 LOWEST_LOGPROB = -9999.0
@@ -69,6 +72,15 @@ class Node:
         return f"<Node: {len(self.ids)} tokens {kind}, {len(self.children)} children>"
 
 
+class _Newest(NamedTuple):
+    """The latest call, whose tokens and messages the next one mostly begins with."""
+
+    node: Node
+    prompt_ids: list[int]
+    ids: list[int]
+    messages: list[dict[str, Any]]
+
+
 class TokenTree:
     """The calls of one session. Not for several threads at once.
 
@@ -84,6 +96,7 @@ class TokenTree:
         self.calls: list[Node] = []
         self.size = 0
         self.sampled = 0
+        self._newest: _Newest | None = None
 
     def add(
         self,
@@ -144,6 +157,8 @@ class TokenTree:
         )
         self.calls.append(node)
         self.sampled += len(ids)
+        said = messages if answer is None else [*messages, answer]
+        self._newest = _Newest(node, prompt_ids, ids, said)
         return node
 
     def leaves(self) -> list[Node]:
@@ -163,6 +178,8 @@ class TokenTree:
 
     def tokens(self, call: Node) -> tuple[list[int], list[int]]:
         """(the prompt, what was sampled) of a call, one of `calls`, which may have been split."""
+        if self._newest is not None and call is self._newest.node:
+            return list(self._newest.prompt_ids), list(self._newest.ids)
         first, ids = call, self.ids(call)
         while first.parent.call == call.call:
             first = first.parent
@@ -171,6 +188,8 @@ class TokenTree:
 
     def messages(self, call: Node) -> list[dict[str, Any]]:
         """The messages of the request, then the answer's where it was given; call: of `calls`."""
+        if self._newest is not None and call is self._newest.node:
+            return list(self._newest.messages)
         parts, node, end = [], call, call.kept + len(call.messages)
         while node is not None:  # of its messages, `end` are wanted
             if end > node.kept:
@@ -192,12 +211,17 @@ class TokenTree:
         every child that matches is followed. Of matches equally long, one at a node's end comes
         first, and then that of the latest call.
         """
-        best, found = (0, True, -1), (self.root, 0)
-        stack = [(self.root, 0)]
+        path, start, stack = self._known(prompt_ids), 0, []
+        for node, following in itertools.zip_longest(path, path[1:]):
+            start += len(node.ids)
+            if following is None or len(node.children) > 1:
+                stack.append((node, start, following))
+        last = path[-1]
+        best, found = (start, True, -1 if last.call is None else last.call), (last, len(last.ids))
         while stack:
-            node, start = stack.pop()
+            node, start, following = stack.pop()
             for child in node.children:
-                count = _common(child.ids, prompt_ids, start)
+                count = 0 if child is following else _common(child.ids, prompt_ids, start)
                 if not count:
                     continue
                 whole = count == len(child.ids)
@@ -205,8 +229,16 @@ class TokenTree:
                 if rank > best:
                     best, found = rank, (child, count)
                 if whole:
-                    stack.append((child, start + count))
+                    stack.append((child, start + count, None))
         return *found, best[0]
+
+    def _known(self, prompt_ids: list[int]) -> list[Node]:
+        """The path to the latest call if the prompt goes on from it, else to the root."""
+        if (newest := self._newest) is None or not newest.ids:
+            return [self.root]
+        at, end = len(newest.prompt_ids), len(newest.prompt_ids) + len(newest.ids)
+        goes_on = prompt_ids[at:end] == newest.ids and prompt_ids[:at] == newest.prompt_ids
+        return self.path(newest.node) if goes_on else [self.root]
 
     def _shared(self, node: Node, messages: list[dict[str, Any]]) -> tuple[Node | None, int]:
         """(call, number of its first messages that `messages` begins with); (None, 0) if none.
@@ -219,11 +251,7 @@ class TokenTree:
             node = node.children[-1]
         if node is self.root:
             return None, 0
-        kept = 0
-        for old, new in zip(self.messages(node), messages, strict=False):
-            if old != new:
-                break
-            kept += 1
+        kept = shared(self.messages(node), messages)
         return (node, kept) if kept else (None, 0)
 
 

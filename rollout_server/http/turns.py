@@ -1,0 +1,48 @@
+"""The layer in which a turn of a session's conversation is cut to what is new in it.
+
+vLLM reads and checks each message of a request, of a long conversation for longer than all else
+takes. It is handed the messages alone that it hasn't checked before (see accepted.py).
+"""
+
+from rollout_server.http.accepted import Earlier
+from rollout_server.http.answers import CHAT
+from rollout_server.http.calls import Call, current
+from rollout_server.http.intake import BODY, REQUEST
+from rollout_server.http.sessions import SESSION
+
+
+class Turns:
+    """For chat completions of sessions; others pass."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        call, live, request = current.get(), scope.get(SESSION), scope.get(REQUEST)
+        if scope["path"] != CHAT or call is None or live is None or not isinstance(request, dict):
+            await self._app(scope, receive, send)
+            return
+        messages = request.get("messages")
+        call.earlier = live.accepted.find(messages)
+        if not call.earlier.messages or not await self._answered(scope, receive, send, call):
+            await self._app(scope, receive, send)
+        live.accepted.add(messages, call.messages, call.earlier)
+
+    async def _answered(self, scope, receive, send, call: Call) -> bool:
+        """Have the cut request answered. If vLLM refuses it, the whole one shall be: what is told
+        of a message names its place among all."""
+        request = scope[REQUEST]
+        cut = {**request, "messages": request["messages"][len(call.earlier.messages) :]}
+        refused = False
+
+        async def unless_refused(message):
+            nonlocal refused
+            start = message["type"] == "http.response.start"
+            refused = refused or (start and message["status"] >= 400 and not call.messages)
+            if not refused:
+                await send(message)
+
+        await self._app({**scope, BODY: None, REQUEST: cut}, receive, unless_refused)
+        if refused:
+            call.earlier = Earlier()
+        return not refused
