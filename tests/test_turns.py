@@ -1,5 +1,6 @@
 """What a turn of a conversation takes over from those before it."""
 
+import asyncio
 import copy
 import json
 
@@ -82,6 +83,19 @@ async def test_messages_are_parsed_once():
     assert parsed == [FIRST[1]]
     await earlier.parse(SECOND, "openai", parse)
     assert len(parsed) == 1 + len(SECOND)
+
+
+async def test_requests_at_once_parse_for_themselves():
+    async def parse(messages):
+        await asyncio.sleep(0)
+        return [{"said": m["content"]} for m in messages], None, None
+
+    earlier = Earlier(SECOND)
+    conversations = [[*SECOND, say("user", name)] for name in "abc"]
+    for _ in range(2):
+        parsed = await asyncio.gather(*(earlier.parse(c, "string", parse) for c in conversations))
+        for (found, *_), messages in zip(parsed, conversations, strict=True):
+            assert [m["said"] for m in found] == [m["content"] for m in messages]
 
 
 # -- the layer, over a small app --------------------------------------------------------------

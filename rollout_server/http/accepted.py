@@ -38,7 +38,8 @@ class Earlier:
         made, *media = await parse(messages[len(known) :])
         if len(made) != len(messages) - len(known):
             return await parse(messages)
-        parsed += made[: same - len(known)]
+        if len(parsed) == len(known):  # else another request has added them meanwhile
+            parsed += made[: same - len(known)]
         return [*known, *made], *media
 
 

@@ -18,11 +18,11 @@ class Turns:
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        call, live, request = current.get(), scope.get(SESSION), scope.get(REQUEST)
-        if scope["path"] != CHAT or call is None or live is None or not isinstance(request, dict):
+        live, request = scope.get(SESSION), scope.get(REQUEST)
+        if scope["path"] != CHAT or live is None or not isinstance(request, dict):
             await self._app(scope, receive, send)
             return
-        messages = request.get("messages")
+        call, messages = current.get(), request.get("messages")
         call.earlier = live.accepted.find(messages)
         if not call.earlier.messages or not await self._answered(scope, receive, send, call):
             await self._app(scope, receive, send)
