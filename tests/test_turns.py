@@ -90,12 +90,18 @@ async def test_requests_at_once_parse_for_themselves():
         await asyncio.sleep(0)
         return [{"said": m["content"]} for m in messages], None, None
 
-    earlier = Earlier(SECOND)
-    conversations = [[*SECOND, say("user", name)] for name in "abc"]
-    for _ in range(2):
-        parsed = await asyncio.gather(*(earlier.parse(c, "string", parse) for c in conversations))
-        for (found, *_), messages in zip(parsed, conversations, strict=True):
-            assert [m["said"] for m in found] == [m["content"] for m in messages]
+    accepted = taken(FIRST)
+    messages = list(FIRST)
+    for turn in range(3):
+        messages += [say("assistant", f"Answer {turn}."), say("user", f"Question {turn}?")]
+        earlier = accepted.find(messages)
+        left = [*earlier.messages, *messages[len(earlier.messages) :]]
+        for made, *_ in await asyncio.gather(
+            *(earlier.parse(left, "string", parse) for _ in range(3))
+        ):
+            assert [m["said"] for m in made] == [m["content"] for m in messages]
+        accepted.add(list(messages), left, earlier)
+        assert accepted.find([*messages, say("user", "More?")]).messages == messages
 
 
 # -- the layer, over a small app --------------------------------------------------------------
