@@ -51,6 +51,46 @@ def test_a_conversation_is_stored_once():
     assert repr(two) == "<Node: 1 tokens sampled by call 1, 1 children>"
 
 
+def shape(tree):
+    """All that a tree is made of."""
+    numbers = {id(node): number for number, node in enumerate(tree.calls)}
+
+    def of(node):
+        kept = [getattr(node, f.name) for f in fields(node) if f.name not in _LINKS]
+        return kept, numbers.get(id(node.base)), [of(child) for child in node.children]
+
+    return of(tree.root), tree.size, tree.sampled
+
+
+_LINKS = ("parent", "children", "base")
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_known_of_the_latest_call_changes_nothing(seed):
+    """A tree is the same whether prompts are looked for from the latest call on or not."""
+    rng = random.Random(seed)
+    quick, slow, texts, said = TokenTree(), TokenTree(), [[1]], [[]]
+    for number in range(30):
+        at = rng.choice([-1, -1, rng.randrange(len(texts))])  # mostly the latest
+        end = rng.choice([None, None, rng.randint(1, len(texts[at]))])
+        prompt = texts[at][:end] + [rng.randint(1, 2) for _ in range(rng.randint(0, 3))]
+        ids = [rng.randint(1, 2) for _ in range(rng.randint(0, 3))]
+        messages = [*said[at][: rng.choice([None, 1])], say("user", rng.choice("ab"))]
+        answer = say("assistant", rng.choice("ab"))
+        texts.append(prompt + ids)
+        said.append([*messages, answer])
+        slow._newest = None
+        for tree in (quick, slow):
+            call(tree, prompt, ids, messages=[dict(m) for m in messages], answer=dict(answer))
+        slow._newest = None
+        assert shape(quick) == shape(slow)
+        for mine, other in zip(quick.calls, slow.calls, strict=True):
+            assert quick.tokens(mine) == slow.tokens(other)
+            assert quick.messages(mine) == slow.messages(other)
+        assert quick.tokens(quick.calls[number]) == (prompt, ids)
+        assert quick.messages(quick.calls[number]) == said[-1]
+
+
 def test_a_split_of_sampled_tokens():
     tree = TokenTree()
     versions = [(4, 0, 1), (5, 1, 3), (6, 3, 4)]
