@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import threading
 
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "1")
@@ -132,6 +133,35 @@ def test_sglangs_generate(server):
         ):  # fmt: skip
             refused = httpx.post(url, json=bad)
             assert refused.status_code == 400 and named in refused.json()["error"]["message"]
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    "path, asked, end",
+    [
+        ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 4}, '"finish_reason":"'),
+        ("/v1/completions", {"prompt": [21, 22], "max_tokens": 4}, '"finish_reason":"'),
+        (
+            "/v1/responses",
+            {"input": "Hello", "max_output_tokens": 4},
+            "^event: response.(comp|inc)",
+        ),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 4}, "message_stop"),
+        ("/generate", {"input_ids": [21], "sampling_params": {"max_new_tokens": 4}}, '"type": "'),
+    ],
+)
+def test_a_client_that_has_the_end_may_end_the_session(server, path, asked, end):
+    """Without reading what else the stream says."""
+    for _ in range(3):
+        with server.session() as session:
+            url = session.base_url.removesuffix("/v1") + path
+            body = {**asked, "stream": True} | ({} if path == "/generate" else {"model": "policy"})
+            with httpx.stream("POST", url, json=body, timeout=60) as stream:
+                assert any(re.search(end, line) for line in stream.iter_lines())
+                session.end()
+            assert [len(call.ids) for call in session.tree.calls] == [4]
 
 
 def test_completions_are_recorded(server):

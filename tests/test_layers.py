@@ -7,8 +7,10 @@ import httpx
 import pytest
 
 from rollout_server.http.app import layered
+from rollout_server.http.calls import Generation, Sample, current
 from rollout_server.http.gate import Gate
 from rollout_server.http.sessions import Sessions
+from rollout_server.trajectories.session import Session
 
 KEY = "key-of-the-tests"
 
@@ -133,3 +135,35 @@ async def test_a_gate_that_is_shut_says_why():
     answer = await waiting
     assert answer.status_code == 503
     assert "the server is closed" in answer.json()["error"]["message"]
+
+
+async def test_a_streams_end_is_recorded_before_it_is_told():
+    gate, sessions = Gate(hold_timeout=5), Sessions()
+    gate.open()
+    session = Session("http://server/v1", (None, None), sessions.remove, {})
+    sessions.add(session)
+    recorded = []
+
+    async def app(scope, receive, send):
+        sample = Sample([5], [-1.0], versions=[(7, 0, 1)])
+        current.get().generations.append(Generation([1], samples={0: sample}))
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for reason in (None, "length"):
+            sample.finish_reason = reason
+            event = {"choices": [{"index": 0, "text": "x", "finish_reason": reason}]}
+            body = b"data: " + json.dumps(event).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message):
+        recorded.append((message.get("body", b"")[-40:], len(session.tree.calls)))
+
+    key = [(b"authorization", f"Bearer {session.api_key}".encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": key}
+    await layered(app, KEY, gate, lambda: 7, sessions, ["policy"], 100, {})(scope, receive, send)
+    assert [count for _, count in recorded] == [0, 0, 1, 1]
+    assert b"length" in recorded[2][0]

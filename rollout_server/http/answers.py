@@ -23,22 +23,30 @@ def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | 
 
 
 class Stream:
-    """Puts the message together from a stream's events."""
+    """Puts the message together from a stream's events.
+
+    ended: whether the event was there with which the first choice ends; the message is whole then.
+    """
 
     def __init__(self, path: str):
+        self.ended = False
         self._path = path
         self._content: list[str] = []
         self._calls: dict[int, dict[str, str]] = {}
         self._whole: Message | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        if self._path == CHAT:
-            for choice in event.get("choices", ()):
-                if choice.get("index", 0) == 0:
+        ends = [event.get("meta_info")]  # of /generate
+        for choice in event.get("choices", ()):
+            if choice.get("index", 0) == 0:
+                ends.append(choice)
+                if self._path == CHAT:
                     self._delta(choice.get("delta") or {})
-        elif self._path == "/v1/responses":
+        self.ended = self.ended or any(end and end.get("finish_reason") for end in ends)
+        if self._path == "/v1/responses":
             if event.get("type") in ("response.completed", "response.incomplete"):
                 self._whole = _of_response(event["response"])
+                self.ended = True
         elif self._path == ANTHROPIC:
             self._block(event)
 
@@ -59,6 +67,8 @@ class Stream:
             self._content.append(delta.get("text") or "")
             if "partial_json" in delta:
                 self._call(at, {"arguments": delta["partial_json"]})
+        elif event.get("type") == "message_stop":
+            self.ended = True
 
     def _call(self, at: int, part: dict[str, Any]) -> None:
         call = self._calls.setdefault(at, {"name": "", "arguments": ""})

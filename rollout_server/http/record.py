@@ -116,7 +116,8 @@ class Calls:
 
 
 class _Answer:
-    """Passes the app's answer on, marked, and records it when it is whole.
+    """Passes the app's answer on, marked, and records it when it is whole: before the client has
+    the end of it, which may be all that it waits for.
 
     complete: whether it came to its end, and was recorded if it is a session's; sent: its messages.
     """
@@ -130,7 +131,7 @@ class _Answer:
         self._with_tokens = _asks(request) and path == CHAT
         self._start: dict | None = None
         self._pending = b""
-        self._streams = self._passes = self._told = False
+        self._streams = self._passes = self._told = self._recorded = False
         self._stream = Stream(path) if live is not None or self._with_tokens else None
         self.complete = False
         self.sent: list[dict] = []
@@ -177,6 +178,7 @@ class _Answer:
         ]
         await self._out({**self._start, "headers": headers})
         await self._out({"type": "http.response.body", "body": body})
+        self.complete = True
 
     async def _events(self, message: dict) -> None:
         """Events end with an empty line; half an event waits for its other half."""
@@ -184,10 +186,11 @@ class _Answer:
         at = body.rfind(b"\n\n") + 2 if more else len(body)
         body, self._pending = (body[:at], body[at:]) if at >= 2 else (b"", body)
         lines = [self._event(line) for line in body.split(b"\n")]
-        if not more:
+        if not self._recorded and (not more or self._ended()):
             self._record(self._stream.message if self._stream is not None else None)
         if body or not more:
             await self._out({**message, "body": b"\n".join(lines)})
+        self.complete = not more
 
     def _event(self, line: bytes) -> bytes:
         if not line.startswith(b"data: {"):
@@ -204,6 +207,11 @@ class _Answer:
         last = last and b'"finish_reason":"' in event.replace(b": ", b":")
         self._told = self._told or last
         return b"data: " + self._marked(event, last)
+
+    def _ended(self) -> bool:
+        """Whether a stream of one answer has told its end."""
+        one = len(self._call.generations) == 1 and len(self._call.generations[0].samples) == 1
+        return one and self._stream is not None and self._stream.ended and self._sampled()
 
     def _sampled(self) -> bool:
         samples = [s for g in self._call.generations for s in g.samples.values()]
@@ -256,7 +264,7 @@ class _Answer:
             generation = call.generations[-1]
             tokens = _digest([*generation.prompt_ids, *generation.samples[0].ids])
             self._told_before.add(call.template, call.messages, answer, tokens)
-        self.complete = True
+        self._recorded = True
 
 
 def _asks(request: dict[str, Any]) -> bool:
