@@ -73,7 +73,8 @@ class Node:
 
 
 class _Newest(NamedTuple):
-    """The latest call, whose tokens and messages the next one mostly begins with."""
+    """The latest call, whose tokens and messages the next one mostly begins with; before there is
+    one, the root."""
 
     node: Node
     prompt_ids: list[int]
@@ -96,7 +97,7 @@ class TokenTree:
         self.calls: list[Node] = []
         self.size = 0
         self.sampled = 0
-        self._newest: _Newest | None = None
+        self._newest = _Newest(self.root, [], [], [])
 
     def add(
         self,
@@ -178,7 +179,7 @@ class TokenTree:
 
     def tokens(self, call: Node) -> tuple[list[int], list[int]]:
         """(the prompt, what was sampled) of a call, one of `calls`, which may have been split."""
-        if self._newest is not None and call is self._newest.node:
+        if call is self._newest.node:
             return list(self._newest.prompt_ids), list(self._newest.ids)
         first, ids = call, self.ids(call)
         while first.parent.call == call.call:
@@ -188,7 +189,7 @@ class TokenTree:
 
     def messages(self, call: Node) -> list[dict[str, Any]]:
         """The messages of the request, then the answer's where it was given; call: of `calls`."""
-        if self._newest is not None and call is self._newest.node:
+        if call is self._newest.node:
             return list(self._newest.messages)
         parts, node, end = [], call, call.kept + len(call.messages)
         while node is not None:  # of its messages, `end` are wanted
@@ -234,7 +235,8 @@ class TokenTree:
 
     def _known(self, prompt_ids: list[int]) -> list[Node]:
         """The path to the latest call if the prompt goes on from it, else to the root."""
-        if (newest := self._newest) is None or not newest.ids:
+        newest = self._newest
+        if not newest.ids:
             return [self.root]
         at, end = len(newest.prompt_ids), len(newest.prompt_ids) + len(newest.ids)
         goes_on = prompt_ids[at:end] == newest.ids and prompt_ids[:at] == newest.prompt_ids
