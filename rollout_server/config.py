@@ -50,7 +50,8 @@ class RolloutConfig:
             settings, or temperature 1 and nothing cut off where there is no trainer.
         tool_call_parser: name of vLLM's parser of tool calls; "auto" tells it from the chat
             template, None turns parsing off.
-        reasoning_parser: name of vLLM's parser of reasoning, or None.
+        reasoning_parser: name of vLLM's parser of reasoning, or None. Grammars (structured outputs,
+            forced tool calls) hold from the end of the reasoning on.
 
     Sharing memory and time with the trainer:
         colocate: "sleep" gives the engine's memory back while the trainer trains, "resident"
@@ -84,6 +85,11 @@ class RolloutConfig:
         max_held_requests: that wait, for the gate or for their turn; beyond: 503 with Retry-After.
         max_running_requests: that the engine has at a time; sessions take turns for them. None is
             as many sequences as the engine batches (vLLM's max_num_seqs).
+        max_retry_bytes: of sessions' last answers, kept (compressed) for clients that ask again as
+            their connection broke; beyond, the oldest are forgotten, and such a request is sampled
+            anew. 0 keeps none.
+        max_session_bytes: of one session's record (its tokens and messages, about) while it is
+            open; beyond, its calls get 413. What is there can be trained on.
         client_timeout: seconds for a client to send a request's header, for its body (beyond: 408),
             and to take what was written to it; then it is cut off, and its generation freed.
 
@@ -133,6 +139,8 @@ class RolloutConfig:
     max_connections: int = 4096
     max_held_requests: int = 4096
     max_running_requests: int | None = None
+    max_retry_bytes: int = 64 << 20
+    max_session_bytes: int = 256 << 20
     client_timeout: float = 60.0
 
     rollout_concurrency: int = 64
@@ -184,6 +192,8 @@ class RolloutConfig:
         _whole("max_connections", self.max_connections, low=1)
         _whole("max_held_requests", self.max_held_requests, low=1)
         _whole("max_running_requests", self.max_running_requests, low=1, optional=True)
+        _whole("max_retry_bytes", self.max_retry_bytes, low=0)
+        _whole("max_session_bytes", self.max_session_bytes, low=1 << 10)
         _whole("verify_every", self.verify_every, low=0)
         _whole("max_restarts", self.max_restarts, low=0)
         _whole("max_model_len", self.max_model_len, low=1, optional=True)

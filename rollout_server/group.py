@@ -88,6 +88,11 @@ class GroupEngine:
     def condition(self) -> str:
         return "that of another rank" if self._engine is None else self._engine.condition
 
+    def require_alive(self) -> None:
+        """As `Engine`'s, on the first rank; the others are told at their next call."""
+        if self._engine is not None:
+            self._engine.require_alive()
+
     def give_up(self, why: str) -> None:
         """Requests fail; an engine of a group isn't started anew."""
         if self._engine is not None:

@@ -14,7 +14,6 @@ One transition at a time. A step isn't cancelled by its caller going away. A new
 of one that died takes its weights, as in 5, and its requests (see steps.py).
 """
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -30,7 +29,6 @@ class Lifecycle:
 
     def __init__(self, steps: Steps):
         self.steps = steps
-        self._left: asyncio.Future | None = None
 
     @property
     def version(self) -> int:
@@ -41,6 +39,11 @@ class Lifecycle:
     def down(self) -> bool:
         """Whether the engine has died and the next transition to "awake" starts another."""
         return self.steps.down
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a sync was interrupted with weights half written: the next one writes all."""
+        return self.steps.unfinished is not None
 
     async def lose(self, why: str, hung: bool = False) -> None:
         """The engine was seen to be dead, or `hung`, while it should be awake."""
@@ -68,25 +71,21 @@ class Lifecycle:
                 return
             with steps.journal.sleeping():
                 with steps.unless_down():
-                    if not self.down:
+                    if self.unfinished:
+                        await steps.leave_unfinished()
+                    elif not self.down:
                         await steps.rest()
                         await steps.fall_asleep()
                 if self.down:  # its memory is free; it is started anew when it is to wake
                     steps.box.move(State.ASLEEP)
 
-    async def begin_sync(self, restoring: bool = False) -> SyncTransition:
-        """Bring the engine to where its weights can be written. The transition must be ended.
+    def sync(self, restoring: bool = False) -> SyncTransition:
+        """A weight sync, which `SyncTransition.begin` begins; it must be ended then. Any thread's.
 
-        restoring: only if the engine is down; `StateError` otherwise.
+        restoring: only if the engine is down or its weights are half written; `StateError` from
+        `begin` otherwise.
         """
-        sync = SyncTransition(self.steps, restoring)
-        beginning = asyncio.ensure_future(sync.begin())
-        try:
-            await asyncio.shield(beginning)
-        except asyncio.CancelledError:  # nobody is left to end it
-            self._left = asyncio.ensure_future(sync.abandon(beginning))
-            raise
-        return sync
+        return SyncTransition(self.steps, restoring)
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[Engine]:

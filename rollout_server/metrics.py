@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 PREFIX = "rollout_server_"
 # Upper ends of the histograms' buckets, in seconds.
-BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 # name: (help, label or labels)
 COUNTERS = {
@@ -35,6 +35,7 @@ HISTOGRAMS = {
     "sync_seconds": "Syncs of weights, from the call until requests flowed, waking included.",
     "sleep_seconds": "Falling asleep, bringing running requests to rest included.",
     "wake_seconds": "Waking, without the sync that goes with it.",
+    "loop_lag_seconds": "How late the server's event loop was to a timer, ten times a second.",
 }
 # A gauge is read from its owner, or set where there is none to ask.
 GAUGES = {

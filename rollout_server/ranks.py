@@ -10,15 +10,18 @@ import contextlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from rollout_server.errors import ConfigError, DeadlineError, RankError
+from rollout_server.interrupts import waiting
 
 _joined = itertools.count()
+_BUSY = "busy/{}"
+_SHORTEST, _LONGEST = 0.0002, 0.01  # seconds between two looks into the store
 
 
 class Ranks:
@@ -79,9 +82,11 @@ class Ranks:
         number = self._say(what, value)
         keys = [f"{number}/{rank}" for rank in range(self.size)]
         try:
-            self._store.wait(keys, timedelta(seconds=timeout))
+            while not waiting(lambda seconds: self._there(keys, seconds), timeout):
+                if not any(self._store.check([_BUSY.format(rank)]) for rank in self._late(keys)):
+                    raise RuntimeError("the wait has ended")
             told = [json.loads(self._store.get(key)) for key in keys]
-        except RuntimeError as error:  # of the store: a wait that ended, or rank 0 is gone
+        except RuntimeError as error:  # of the store too, where rank 0 is gone
             raise DeadlineError(
                 f"{what}: {self._missing(keys)} within {timeout:g} s; every rank must call it, and "
                 "none may have ended"
@@ -102,6 +107,21 @@ class Ranks:
                     )
                 )
         return [value for _, value, _ in told]
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """The others wait for this rank as long as the block takes, past their deadlines. What it
+        does must have one of its own."""
+        if self.size == 1:
+            yield
+            return
+        key = _BUSY.format(self.rank)
+        self._store.set(key, "")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):
+                self._store.delete_key(key)
 
     @contextlib.contextmanager
     def together(self, what: str, timeout: float) -> Iterator[None]:
@@ -131,10 +151,23 @@ class Ranks:
         self._store.set(f"{number}/{self.rank}", json.dumps([what, value, failure]))
         return number
 
+    def _there(self, keys: list[str], seconds: float) -> bool:
+        """Whether all have told by then."""
+        until, pause = time.monotonic() + seconds, _SHORTEST
+        while not self._store.check(keys):  # a wait of the store's own prints when it ends
+            if time.monotonic() >= until:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+        return True
+
+    def _late(self, keys: list[str]) -> list[int]:
+        """Numbers, among these, of the ranks that haven't told."""
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+
     def _missing(self, keys: list[str]) -> str:
         try:
-            ranks = enumerate(keys, self._first)
-            missing = [str(rank) for rank, key in ranks if not self._store.check([key])]
+            missing = [str(self._first + rank) for rank in self._late(keys)]
         except RuntimeError:
             return "rank 0, which keeps the store, can't be reached"
         return f"rank {', '.join(missing)} didn't come"

@@ -68,7 +68,11 @@ class Sender:
 
     def call(self, work: Any) -> Any:
         """What a coroutine on the server's loop gives; `DeadlineError`."""
-        return self._result(self._loop.submit(work, "sync_weights()"))
+        return self._result(self.submit(work))
+
+    def submit(self, work: Any) -> Future:
+        """Have a coroutine run on the server's loop, and go on."""
+        return self._loop.submit(work, "sync_weights()")
 
     def _result(self, future: Future) -> Any:
         return self._loop.result(future, self._config.transition_time, "sync_weights()")
@@ -121,7 +125,7 @@ class Sender:
             with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
                 for part in walk:
                     work = self._writing(self._exporter.export(part), part.number == 0, part.last)
-                    running.append(self._loop.submit(sync.write(work), "sync_weights()"))
+                    running.append(self.submit(sync.write(work)))
                     finish(but=1)  # the memory of the part before this one is written next
                 finish(but=0)
         finally:  # what was begun ends, so that ranks with one engine stay in step
@@ -145,9 +149,8 @@ class Sender:
         return lambda engine: engine.reload_weights(message, first, last, layerwise)
 
     def compare(self, source: Source, read: Callable) -> None:
-        """`WeightSyncError` names what differs. read: gives work with the engine its turn."""
-        if not self.comparable:
-            return
+        """`WeightSyncError` names what differs, of what the engine holds as it was sent. read:
+        gives work with the engine its turn."""
         differ: list[str] = []
         parts = source.parts(self._staging)
         with contextlib.closing(_to_the_end(parts, source.collective)) as walk:

@@ -29,8 +29,10 @@ from rollout_server.errors import (
     StateError,
 )
 from rollout_server.group import GroupEngine
+from rollout_server.heap import leave_out, take_in
 from rollout_server.http.endpoint import Endpoint
 from rollout_server.http.gate import GateTimeout
+from rollout_server.interrupts import GRACE, held, interrupts
 from rollout_server.janitor import Janitor
 from rollout_server.journal import Journal
 from rollout_server.lifecycle import Lifecycle
@@ -76,7 +78,7 @@ class RolloutServer:
         self._endpoint = Endpoint(config, self._api_key, self._journal)
         self._log_tail = ""  # of an engine that has been closed
         self._on_close: list[Callable[[], None]] = []
-        with self._ranks.together("attach()", config.start_timeout):
+        with held(), self._ranks.together("attach()", config.start_timeout):
             self._group = self._ranks.group(config.tensor_parallel)
             with self._group.together("attach()", config.start_timeout):
                 self._start(Progress(config.progress and self._ranks.rank == 0))
@@ -122,6 +124,8 @@ class RolloutServer:
             self._look_after_the_engine()
             urls = self._ranks.gather("attach(): urls", self._base_url, config.start_timeout)
             self._base_urls = list(dict.fromkeys(urls))
+            leave_out()
+            self.call_on_close(take_in)
         except BaseException:
             kill_trees(self._pids)  # also wakes a start that still waits for them
             self.close()
@@ -192,7 +196,7 @@ class RolloutServer:
         Requests wait meanwhile; running generations are continued with the new weights. A server
         that sleeps wakes up.
         """
-        with self._open():
+        with held(GRACE), self._open():
             if self.state not in (State.ASLEEP, State.DOWN):
                 return self._journal.sync(self._sync.push)
             self._make_room()
@@ -213,14 +217,15 @@ class RolloutServer:
         Nothing happens if it sleeps already, or with colocate="resident". With tensor parallel the
         ranks of a group have one engine: it sleeps when all of them have called this.
         """
-        with self._group.together("sleep()", self._config.generate_timeout):
-            self._box.require_open()
-        if self._config.colocate == "resident":
-            return
-        with self._open():
-            self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
-        if self._offload is not None:
-            self._offload.restore()
+        with held(GRACE):
+            with self._group.together("sleep()", self._config.generate_timeout):
+                self._box.require_open()
+            if self._config.colocate == "resident":
+                return
+            with self._open():
+                self._loop.call(self._lifecycle.sleep(), self._config.transition_time, "sleep()")
+            if self._offload is not None:
+                self._offload.restore()
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -286,6 +291,8 @@ class RolloutServer:
     ) -> list[Completion]:
         if self.state is State.ASLEEP:
             raise StateError("the server is asleep; wake() it before generate()")
+        if self._lifecycle.unfinished and not self._sync.readable:
+            raise StateError("the last sync was interrupted; call sync_weights() again")
         try:
             await self._endpoint.gate.passage()
         except GateTimeout as late:
@@ -425,15 +432,21 @@ class RolloutServer:
 
         From any state and any thread, any number of times.
         """
-        if not self._box.close():
-            return
+        with held():  # a signal cuts the waits short; what is left is killed
+            if self._box.close():
+                self._close()
+
+    def _close(self) -> None:
         atexit.unregister(self.close)
+        interrupt = None
         for work in self._on_close:
             with contextlib.suppress(Exception):
                 work()
         patience = self._config.close_timeout
-        with contextlib.suppress(Exception):
+        try:
             self._loop.call(self._end(patience), patience * 3, "close()")
+        except BaseException as error:  # what doesn't end is killed
+            interrupt = error if interrupts(error) else None
         self._log_tail = self._engine_log()
         kill_trees(self._pids)
         self._loop.stop(patience)
@@ -442,6 +455,8 @@ class RolloutServer:
         self._janitor.dismiss()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._journal.happened("closed")
+        if interrupt is not None:
+            raise interrupt
 
     async def _end(self, patience: float) -> None:
         await self._endpoint.close(min(patience, 2.0))
@@ -519,9 +534,8 @@ class RolloutServer:
         self._show()
 
     def _look_after_the_engine(self) -> None:
-        if not self._config.restarts:
-            return
-        self._engine.let_requests_wait(self._config.restarts)
+        if self._config.restarts:
+            self._engine.let_requests_wait(self._config.restarts)
         watching = watch(self._config, self._engine, self._lifecycle, self._box, self._sync.restore)
         self._loop.submit(watching, "watching the engine")
 

@@ -9,10 +9,11 @@ from rollout_server.config import RolloutConfig
 from rollout_server.engine.adapter import adapter_arguments, use_adapter
 from rollout_server.engine.arguments import engine_arguments, engine_variables
 from rollout_server.engine.engine import Engine
-from rollout_server.engine.folder import write_model_folder, write_specs
+from rollout_server.engine.folder import write_model_folder, write_specs, write_views
 from rollout_server.group import GroupEngine
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
+from rollout_server.weights.conversion import views_of
 from rollout_server.weights.source import Source
 from rollout_server.weights.transport import place
 
@@ -39,6 +40,7 @@ async def start_engine(
     untied = "lm_head.weight" in source.specs
     write_model_folder(folder, policy.bare, policy.tokenizer, dtype, untied)
     write_specs(folder, source.specs)
+    write_views(folder, views_of(policy.bare, source.specs))
     on_cpu = current_platform.is_cpu()
     arguments = engine_arguments(config, folder, names, dtype, sampling, policy.seed, on_cpu)
     if source.adapter is not None:

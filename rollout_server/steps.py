@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.config import RolloutConfig
@@ -24,8 +25,18 @@ from rollout_server.errors import (
 from rollout_server.group import of_first
 from rollout_server.http.gate import Gate
 from rollout_server.journal import Journal
+from rollout_server.patience import patient
 from rollout_server.restarts import Restarts
 from rollout_server.state import State, StateBox
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a sync that was interrupted leaves to the next one: an engine at rest, `asleep` but for
+    its weights' memory or a `fresh` one, whose weights are written in part."""
+
+    asleep: bool
+    fresh: bool
 
 
 class Steps:
@@ -35,6 +46,7 @@ class Steps:
         turn: one transition at a time.
         version: of the policy.
         restarts: how many are left.
+        unfinished: of a sync, in the state "syncing"; None but there, and while a sync is at it.
     """
 
     def __init__(
@@ -51,6 +63,7 @@ class Steps:
         self.turn = asyncio.Lock()
         self.restarts = Restarts(config.restarts)
         self.version = -1  # the first sync, at attach, makes it 0
+        self.unfinished: Unfinished | None = None
 
     @property
     def down(self) -> bool:
@@ -74,6 +87,15 @@ class Steps:
                 await self.engine.sleep()
             self.box.move(State.ASLEEP)
 
+    async def leave_unfinished(self) -> None:
+        """Fall asleep from a sync that was interrupted."""
+        fresh, self.unfinished = self.unfinished.fresh, None
+        if not fresh:
+            await self.fall_asleep()
+            return
+        self.engine.kill()  # it has no requests yet, and can't be given them asleep
+        self.box.move(State.ASLEEP)
+
     async def revive(self) -> None:
         """Start engines until one runs; `EngineDeadError` when the restarts are used up."""
         while True:
@@ -81,7 +103,7 @@ class Steps:
             started = time.perf_counter()
             try:
                 with self._beside_start():
-                    async with asyncio.timeout(self.config.start_timeout):
+                    async with patient(self.config.start_timeout):
                         await self.engine.restart()
                 self.restarts.succeeded()
                 self.journal.restarted(time.perf_counter() - started)
@@ -95,7 +117,7 @@ class Steps:
         """Return when no request runs that is to finish first; awake again if it takes too long."""
         limit, doing = self.config.drain_timeout, "letting running requests finish"
         try:
-            async with asyncio.timeout(limit):
+            async with patient(limit):
                 if self.config.in_flight == "drain":
                     await self.engine.drain()
                 else:
@@ -160,7 +182,7 @@ class Steps:
     async def deadline(self, seconds: float, what: str) -> AsyncIterator[None]:
         """For calls into the engine: `EngineTimeoutError` tells the state of both sides."""
         try:
-            async with asyncio.timeout(seconds):
+            async with patient(seconds):
                 yield
         except TimeoutError:
             raise EngineTimeoutError(

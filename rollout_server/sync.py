@@ -13,8 +13,11 @@ With several ranks, each counts when all have done it, and fails on all if on on
    written, and the server is broken otherwise.
 
 If the engine of one of them dies on the way, another is started and all begin again at 1, at rest.
+A signal that raises (Ctrl-C) is held until the sync is done, or for `interrupts.GRACE` seconds;
+what was written in part then is written by the next sync (`watch` sees to one).
 """
 
+import concurrent.futures
 import contextlib
 import threading
 import time
@@ -34,6 +37,7 @@ from rollout_server.errors import (
     StateError,
     WeightSyncError,
 )
+from rollout_server.interrupts import GRACE, held, interrupts, waiting
 from rollout_server.lifecycle import Lifecycle
 from rollout_server.policy import Policy
 from rollout_server.ranks import Ranks
@@ -110,7 +114,7 @@ class WeightSync:
         """
         started = time.perf_counter()
         patience = self._config.sync_timeout
-        with self._turn():
+        with held(GRACE), self._turn():
             while True:
                 try:
                     return self._push(started, self._due(), patience)
@@ -120,14 +124,17 @@ class WeightSync:
                     patience += self._config.start_timeout + LONGEST_BACKOFF
 
     def restore(self) -> None:
-        """The engine is down: start another, with the policy's weights as they are now.
+        """The engine is down, or a sync was interrupted: start another engine, or write once more;
+        with the policy's weights as they are now.
 
-        If these have changed since the last sync, that is a new version. Nothing happens where the
-        engine isn't down any more, or the policy can't be read now: the next `push` does it then.
+        If these have changed since the last sync, that is a new version. Nothing happens where
+        there is nothing to do any more, or the policy can't be read now: the next `push` does it
+        then.
         """
         with self._turn():
-            while self._lifecycle.down and self._readable:
-                with contextlib.suppress(EngineDeadError, EngineTimeoutError, StateError):
+            while (self._lifecycle.down or self._lifecycle.unfinished) and self.readable:
+                deaths = EngineDeadError, EngineTimeoutError, StateError
+                with contextlib.suppress(*deaths), self._ranks.busy():
                     self._push(time.perf_counter(), verify=False)
 
     def _push(self, started: float, verify: bool, patience: float | None = None) -> SyncReport:
@@ -137,10 +144,12 @@ class WeightSync:
         together = _alone if restoring else self._together
         with together("sync_weights()"):
             source = self._look(verify)
-        sync, self._waiting = self._waiting, None
+        sync, self._waiting = self._waiting or self._lifecycle.sync(restoring), None
         try:
             with together("sync_weights(): bringing the engine to rest", patience):
-                sync = sync or self.sender.call(self._lifecycle.begin_sync(restoring))
+                if not sync.begun:
+                    with self._ranks.busy():  # it may have to start another
+                        self.sender.call(sync.begin())
             told = [[sync.fresh, self._lifecycle.version]]
             if not restoring:
                 told = self._gather("sync_weights(): engines", told[0])
@@ -160,11 +169,10 @@ class WeightSync:
                 version = self.sender.call(sync.commit(same, max(version for _, version in told)))
             self._stamp = self._policy.stamp()
         except BaseException as error:
-            if sync is not None and not sync.ended:
-                if self._config.restarts and _died_elsewhere(error):
-                    self._waiting = sync
-                else:
-                    self.sender.call(sync.abort(error))
+            if self._config.restarts and _died_elsewhere(error) and not sync.ended:
+                self._waiting = sync
+            else:
+                self._abort(sync, error)
             raise
         finally:
             self.sender.tidy(source)
@@ -180,6 +188,14 @@ class WeightSync:
             verified=verify and self.sender.comparable,
         )
 
+    def _abort(self, sync: SyncTransition, error: BaseException) -> None:
+        """Whether or not it was begun; after an interrupt it goes on by itself if it takes long."""
+        if not interrupts(error):
+            self.sender.call(sync.abort(error))
+            return
+        self._ranks.fail("sync_weights()", error)
+        concurrent.futures.wait({self.sender.submit(sync.abort(error))}, GRACE)
+
     def _begins_again(self, error: BaseException) -> bool:
         """Whether all ranks do, since an engine has died that another can take the place of."""
         again = False
@@ -190,8 +206,8 @@ class WeightSync:
                 again = all(self._gather("sync_weights(): once more", mended))
         finally:
             if self._waiting is not None and not again:
-                waiting, self._waiting = self._waiting, None
-                self.sender.call(waiting.abort(error))
+                left, self._waiting = self._waiting, None
+                self._abort(left, error)
         return again
 
     def verify(self) -> None:
@@ -201,7 +217,7 @@ class WeightSync:
                 "the engine's weights can't be compared with the policy's: they went the way of "
                 f"{self.sender.path!r} ({self.sender.reason}), which may rearrange them"
             )
-        with self._turn(), self._together("verify_weights()"):
+        with held(GRACE), self._turn(), self._together("verify_weights()"):
             source = self._policy.source(self._config.peft)
             require_same(self._specs, source.specs, dtypes=self._shared is not None)
             try:
@@ -243,11 +259,12 @@ class WeightSync:
             return await work(engine)
 
     @property
-    def _readable(self) -> bool:
+    def readable(self) -> bool:
         """Whether the policy can be read at any time, whatever the trainer and other ranks do."""
         source = self._policy.source(self._config.peft)
-        merged = source.staged_from is not None and self._config.colocate == "resident"
-        return not source.collective and not merged
+        at_work = self._config.colocate == "resident" or self._lifecycle.unfinished
+        merged = source.staged_from is not None and at_work
+        return not source.collective and not merged and self._group.size == 1
 
     def _due(self) -> bool:
         every = self._config.verify_every
@@ -272,7 +289,8 @@ class WeightSync:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        if not self._one_at_a_time.acquire(timeout=self._allowed):
+        lock = self._one_at_a_time
+        if not waiting(lambda seconds: lock.acquire(timeout=seconds), self._allowed):
             raise DeadlineError(
                 f"another sync_weights() or verify_weights() hasn't ended within "
                 f"{self._allowed:g} s"

@@ -14,16 +14,19 @@ from rollout_server.errors import (
     StateError,
     first_line,
 )
+from rollout_server.interrupts import interrupts
 from rollout_server.state import State
-from rollout_server.steps import Steps, to_its_end
+from rollout_server.steps import Steps, Unfinished, to_its_end
 
 
 class SyncTransition:
     """One sync, step by step: `begin`, then `write` for each part, then `commit` or `abort`.
 
-    Made by `Lifecycle.begin_sync`; holds the turn until it is ended.
+    Made by `Lifecycle.sync`, in any thread. From `begin` on it must be ended by `commit` or
+    `abort`, whatever comes of `begin` and whether its caller waits for it: it holds the turn.
 
     Attributes:
+        begun: whether `begin` has been called.
         was_asleep: the engine's weights and KV cache had been given back.
         fresh: the engine is a new one, in the place of one that died.
         seconds_awaking: for waking, or starting.
@@ -37,18 +40,30 @@ class SyncTransition:
         self._engine = steps.engine
         self.was_asleep = False
         self.fresh = False
+        self.begun = False
         self.ended = False
+        self._beginning: asyncio.Future | None = None
         self._written = False
         self._running = asyncio.Lock()
         self.seconds_awaking = 0.0
 
     async def begin(self) -> None:
+        """Bring the engine to where its weights can be written."""
+        self.begun = True
+        self._beginning = asyncio.ensure_future(self._begin())
+        await asyncio.shield(self._beginning)
+
+    async def _begin(self) -> None:
         steps = self._steps
         await steps.turn.acquire()
         try:
             steps.box.require_open()
-            if self._restoring and not steps.down:
-                raise StateError("the engine isn't down any more")
+            if self._restoring and not (steps.down or steps.unfinished):
+                raise StateError("the engine has its weights already")
+            if steps.unfinished is not None:
+                self.was_asleep, self.fresh = steps.unfinished.asleep, steps.unfinished.fresh
+                self._written, steps.unfinished = True, None
+                return
             self.was_asleep = steps.box.state is State.ASLEEP
             if steps.box.state is State.AWAKE:
                 with steps.unless_down():
@@ -104,6 +119,10 @@ class SyncTransition:
         return await to_its_end(self._commit, same, others)
 
     async def _commit(self, same: bool, others: int) -> int:
+        async with self._running:
+            return await self._commit_written(same, others)
+
+    async def _commit_written(self, same: bool, others: int) -> int:
         steps, before = self._steps, self._steps.version
         version = max(before, others) + (not same)
         try:
@@ -126,21 +145,29 @@ class SyncTransition:
             self._end()
 
     async def abort(self, error: BaseException) -> None:
-        """Go back to where the engine was, or leave it down or broken if weights were written."""
+        """Go back to where the engine was. If weights were written: leave the sync unfinished if it
+        was interrupted, else the server down or broken."""
         await to_its_end(self._abort, error)
 
     async def _abort(self, error: BaseException) -> None:
         steps = self._steps
-        if self.ended:  # by a commit that failed
+        if self._beginning is None:  # its caller went away before
+            self.ended = True
+            return
+        await asyncio.wait({self._beginning})
+        self._beginning.exception()  # its caller may not be there to see it
+        async with self._running:  # a step that its caller has left
+            pass
+        if self.ended:  # by a step that failed, or a commit
             return
         try:
-            async with self._running:  # a step that its caller has left
-                pass
             unknown = await self._anything_written()  # asked by all ranks of a group
             unknown |= self.fresh or self._engine.dead or isinstance(error, EngineTimeoutError)
             syncing = steps.box.state is State.SYNCING
             if unknown or steps.version < 0 or not syncing:
-                if syncing:
+                if syncing and interrupts(error) and steps.version >= 0 and not self._engine.dead:
+                    steps.unfinished = Unfinished(self.was_asleep, self.fresh)
+                elif syncing:
                     steps.lose_or_break("syncing weights", error)
                 elif not steps.down:  # then the step that failed has said so
                     steps.break_(f"syncing weights: {first_line(error)}")
@@ -172,12 +199,6 @@ class SyncTransition:
                 return await self._engine.anywhere(self._written)
         except RolloutServerError:
             return True
-
-    async def abandon(self, beginning: asyncio.Future) -> None:
-        """End a transition whose caller went away while it began."""
-        await asyncio.wait({beginning})
-        if beginning.exception() is None:
-            await self.abort(StateError("its caller went away"))
 
     async def _resume(self) -> None:
         by = "restart" if self.fresh else "sleep" if self.was_asleep else "sync"

@@ -1,4 +1,5 @@
-"""Looks after the engine while it should be awake; asleep, and in transitions, others notice."""
+"""Looks after the engine while it should be awake, and after syncs that were interrupted; asleep,
+and in transitions, others notice."""
 
 import asyncio
 import logging
@@ -9,6 +10,7 @@ from rollout_server.engine.engine import Engine
 from rollout_server.engine.loop import in_thread
 from rollout_server.errors import EngineDeadError, first_line
 from rollout_server.lifecycle import Lifecycle
+from rollout_server.patience import patient
 from rollout_server.state import State, StateBox
 
 logger = logging.getLogger("rollout_server")
@@ -19,25 +21,26 @@ async def watch(
     config: RolloutConfig, engine: Engine, lifecycle: Lifecycle, box: StateBox,
     restore: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Until the server is closed: notice that the engine has died or hangs, and have it replaced.
+    """Until the server is closed: notice that the engine has died or hangs, and have it replaced;
+    have a sync done again that was interrupted with weights half written.
 
-    restore: starts another one, with weights, if the policy can be read now; it blocks.
+    restore: does so, if the policy can be read now; it blocks.
     """
     while box.state is not State.CLOSED:
         await asyncio.sleep(_PERIOD)
-        if box.state is State.AWAKE:
+        if box.state is State.AWAKE and config.restarts:
             await _look(config, engine, lifecycle)
-        if box.state is State.DOWN:
+        if box.state is State.DOWN or lifecycle.unfinished:
             try:
                 await in_thread(restore)
             except Exception as error:
-                logger.warning("the engine couldn't be replaced: %s", first_line(error))
+                logger.warning("the engine couldn't be restored: %s", first_line(error))
                 await lifecycle.give_up(f"the engine died, and: {first_line(error)}")
 
 
 async def _look(config: RolloutConfig, engine: Engine, lifecycle: Lifecycle) -> None:
     try:
-        async with asyncio.timeout(config.liveness_timeout):
+        async with patient(config.liveness_timeout):
             await engine.ping()
     except EngineDeadError as error:
         await lifecycle.lose(first_line(error))

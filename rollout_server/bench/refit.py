@@ -241,8 +241,9 @@ def _resting(server: RolloutServer) -> Iterator[Callable[[Callable], Any]]:
     def call(work: Any) -> Any:
         return server._loop.call(work, server._config.transition_time, "refit")
 
-    sync = call(server._lifecycle.begin_sync())
+    sync = server._lifecycle.sync()
     try:
+        call(sync.begin())
         yield lambda work: call(sync.write(work))
     except BaseException as error:
         call(sync.abort(error))

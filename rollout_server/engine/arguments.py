@@ -72,8 +72,13 @@ def engine_arguments(
         }
     else:
         chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(config)
+    if config.reasoning_parser is not None:
+        chosen["reasoning_parser"] = config.reasoning_parser  # a grammar begins after reasoning
     if "load_format" in config.engine_args:
-        del chosen["model_loader_extra_config"]
+        raise ConfigError(
+            f"engine_args: load_format={config.engine_args['load_format']!r}: the engine takes its "
+            "weights from the trainer, whichever way they go later (sync_path); leave it out"
+        )
     return chosen | dict(config.engine_args)
 
 

@@ -15,6 +15,7 @@ from vllm.model_executor.layers import utils as layer_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rollout_server.engine.adapter import add_lora_linear
+from rollout_server.engine.cpu_experts import keep_plain
 from rollout_server.engine.storages import flat, storages
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,6 +28,7 @@ class CpuWorker(CPUWorker):
         # vLLM would repack linear weights for oneDNN, AMX or Zen and drop the originals, and new
         # weights would have nowhere to go. It looks this function up at each use.
         layer_utils.dispatch_cpu_unquantized_gemm = _plain_gemm
+        keep_plain()
         if self.vllm_config.lora_config is not None:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 

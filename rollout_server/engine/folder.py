@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from rollout_server.engine.plan import TensorSpec
+from rollout_server.engine.plan import TensorSpec, View, Views
 from rollout_server.errors import UnsupportedModelError
 
 SPECS = "tensors.json"
+VIEWS = "views.json"
 
 
 def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str, untied: bool) -> None:
@@ -75,6 +76,20 @@ def read_specs(folder: str) -> dict[str, TensorSpec]:
         return {
             name: TensorSpec(tuple(shape), getattr(torch, dtype), is_buffer)
             for name, shape, dtype, is_buffer in json.load(f)
+        }
+
+
+def write_views(folder: str, views: Views) -> None:
+    """Write what `read_views` reads: what of a checkpoint the trainer's tensors are."""
+    _write(folder, VIEWS, views)
+
+
+def read_views(folder: str) -> dict[str, list[View]]:
+    """Name of a tensor of the trainer to what it is in a checkpoint."""
+    with open(os.path.join(folder, VIEWS), encoding="utf-8") as f:
+        return {
+            own: [View(n, offset, tuple(shape), tuple(stride)) for n, offset, shape, stride in rows]
+            for own, rows in json.load(f).items()
         }
 
 

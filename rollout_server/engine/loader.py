@@ -18,8 +18,10 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from rollout_server.engine import sharing
 from rollout_server.engine.arguments import LOAD_FORMAT
-from rollout_server.engine.folder import read_specs
-from rollout_server.engine.plan import Piece, Plan, TensorSpec, record
+from rollout_server.engine.folder import read_specs, read_views
+from rollout_server.engine.plan import Piece, Plan, TensorSpec
+from rollout_server.engine.recording import record
+from rollout_server.engine.storages import identity
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -35,17 +37,17 @@ class PolicyLoader(DummyModelLoader):
         BaseModelLoader.__init__(self, load_config)  # Dummy's own refuses an extra config
         extra = load_config.model_loader_extra_config
         self._folder, self._share = extra["folder"], extra["share"]
-        self._specs = read_specs(self._folder)
+        self._specs, self._views = read_specs(self._folder), read_views(self._folder)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         if self._share:
             self._share_weights(model)
         else:
-            self._fill_weights(model, model_config)
+            self._fill_weights(model)
 
     def _share_weights(self, model: torch.nn.Module) -> None:
         try:
-            plan = record(model, self._specs, _empty(self._specs), write=False)
+            plan = self._record(model, _empty(self._specs), write=False)
         except ValueError as error:
             model.rollout_refusal = str(error)
             return
@@ -56,21 +58,24 @@ class PolicyLoader(DummyModelLoader):
             return
         sharing.bind(model, self._folder, wanted)
         # Once more, for the memory that the parameters have now.
-        model.rollout_plan = record(model, self._specs, _empty(self._specs), write=False)
+        model.rollout_plan = self._record(model, _empty(self._specs), write=False)
         model.rollout_shared = True
 
-    def _fill_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def _fill_weights(self, model: torch.nn.Module) -> None:
+        device = next(model.parameters()).device
         try:
-            device = next(model.parameters()).device
-            plan = record(model, self._specs, _random(self._specs, device), write=True)
-            if plan.usable:
-                plan.obstacles += _disproved(plan, device)
-            model.rollout_plan = plan
+            plan = self._record(model, _random(self._specs, device), write=True)
         except ValueError as error:
             model.rollout_refusal = str(error)
             return
-        if not plan.usable:
-            super().load_weights(model, model_config)
+        if plan.usable:
+            _disprove(plan, device)
+        model.rollout_plan = plan
+
+    def _record(
+        self, model: torch.nn.Module, tensors: Iterator[tuple[str, torch.Tensor]], write: bool
+    ) -> Plan:
+        return record(model, self._specs, tensors, write, self._views)
 
 
 def _empty(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,9 +96,9 @@ def _random(
         yield name, tensor
 
 
-def _disproved(plan: Plan, device: torch.device) -> list[str]:
-    return [
-        f"{name} isn't where the plan says"
-        for name, tensor in _random(plan.specs, device)
-        if plan.mismatched([Piece(name, 0, tensor)])
-    ]
+def _disprove(plan: Plan, device: torch.device) -> None:
+    """Note what isn't where the plan says, after `_random` numbers were loaded."""
+    for name, tensor in _random(plan.specs, device):
+        if plan.mismatched([Piece(name, 0, tensor)]):
+            plan.obstacles.append(f"{name} isn't where the plan says")
+            plan.rearranged |= {identity(copy.to) for copy in plan.copies[name]}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rollout_server.errors import DeadlineError, StateError
+from rollout_server.interrupts import held, waiting
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -98,8 +99,9 @@ class LoopThread:
         Past `timeout` seconds the coroutine is cancelled and `DeadlineError` raised; a
         KeyboardInterrupt in the waiting thread cancels it too.
         """
-        future = self.submit(work, what)
-        return self.result(future, timeout, what)
+        with held():
+            future = self.submit(work, what)
+            return self.result(future, timeout, what)
 
     def submit(self, work: Coroutine, what: str) -> concurrent.futures.Future:
         """Have `work` run on the loop, and go on; `result` waits for it."""
@@ -116,17 +118,23 @@ class LoopThread:
     def result(self, future: concurrent.futures.Future, timeout: float, what: str) -> Any:
         """What `call` returns or raises, of something submitted before."""
         try:
-            return future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            if future.done():  # the coroutine's own TimeoutError
-                raise
-            future.cancel()
-            raise DeadlineError(f"{what}: not done after {timeout:g} s") from None
+            if waiting(lambda seconds: self._settled(future, seconds), timeout):
+                return future.result(0)
         except concurrent.futures.CancelledError:  # by `stop`
             raise StateError(f"{what}: the server was closed meanwhile") from None
         except BaseException:
             future.cancel()
             raise
+        future.cancel()
+        raise DeadlineError(f"{what}: not done after {timeout:g} s")
+
+    def _settled(self, future: concurrent.futures.Future, seconds: float) -> bool:
+        """Whether it is done, by then; `CancelledError` if it never will be."""
+        if concurrent.futures.wait({future}, seconds).done:
+            return True
+        if not self.alive and not future.done():  # submitted when the loop was about to end
+            raise concurrent.futures.CancelledError
+        return False
 
     def stop(self, timeout: float) -> bool:
         """Cancel what still runs, stop the loop and join the thread; True if it ended."""

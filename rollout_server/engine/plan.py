@@ -1,21 +1,21 @@
 """Where each of the trainer's tensors lands in the engine, so that a sync is copies alone.
 
-vLLM's loader fuses, slices, casts and pads, name by name, in Python. What it does depends on names
-and shapes only, so it is watched once: every write into the model becomes a `Copy` from a view of a
-source tensor to a view of a parameter, or a `Fill`. Whatever isn't such a write is an obstacle, and
-a plan with an obstacle isn't used. A plan covers each element of each parameter, or has an obstacle
-that says which it leaves out.
+A plan is what `recording.record` saw vLLM's loader do: a `Copy` from a view of one of the trainer's
+tensors to a view of a parameter for each write, or a `Fill`. Whatever isn't such a write is an
+obstacle, and a plan with an obstacle isn't used.
 
-Sources are contiguous and may come in pieces: some rows (of dimension 0) of the whole tensor.
+The loader goes by a checkpoint's names and layout; where the trainer's differ (experts that are one
+tensor in memory and many in a checkpoint), each of a checkpoint's tensors is a `View` of one of the
+trainer's. The plan goes by the trainer's. Its tensors are contiguous when they arrive, and may come
+in pieces: some rows (of dimension 0) of the whole.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout_server.engine.storages import identity
 
@@ -49,6 +49,19 @@ class TensorSpec(NamedTuple):
     is_buffer: bool = False
 
 
+class View(NamedTuple):
+    """A checkpoint's tensor `name` as elements of a contiguous tensor of the trainer."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+# What each of the trainer's tensors is in a checkpoint, by its name; none there: what it is here.
+Views = Mapping[str, Sequence[View]]
+
+
 @dataclass(frozen=True)
 class Copy:
     """A view of the contiguous source `name`, in elements, and where it goes."""
@@ -69,12 +82,14 @@ class Fill:
 
 @dataclass
 class Plan:
-    """What `record` saw."""
+    """What `record` saw; specs and copies by the trainer's names."""
 
     specs: Mapping[str, TensorSpec]
+    views: Views = field(default_factory=dict)
     copies: dict[str, list[Copy]] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    rearranged: set[int] = field(default_factory=set)  # `identity` of what holds other values
 
     @property
     def usable(self) -> bool:
@@ -120,167 +135,57 @@ class Plan:
                     names[piece.name] = None
         return list(names)
 
+    def comparable(self, pieces: Sequence[Piece], model: torch.nn.Module) -> list[Piece]:
+        """Those of the pieces that the model holds as they are, in memory that it had when the plan
+        was made, and that nothing has `rearranged`."""
+        held = {identity(t) for t in [*model.parameters(), *model.buffers()]} - self.rearranged
+        return [
+            piece for piece in pieces
+            if (copies := self.copies.get(piece.name))
+            and all(identity(c.to) in held for c in copies)
+        ]  # fmt: skip
+
     def stale(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the model that have other memory than when the plan was made."""
         written = {identity(c.to) for copies in self.copies.values() for c in copies}
         return [n for n, p in model.named_parameters() if identity(p) not in written]
 
 
-def record(
-    model: Any, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]],
-    write: bool,
-) -> Plan:  # fmt: skip
-    """Run `model.load_weights` on `tensors` and write down where each goes.
-
-    model: a module of vLLM; specs: of all the trainer's tensors; tensors: by name, contiguous, on
-    the meta device unless `write`, which lets the loader do its writes too.
-
-    Raises `ValueError` with the list of tensors that the model's loader refuses or that nothing in
-    the model takes, and of parameters that get nothing.
-    """
-    plan = Plan(specs)
-    recorder = _Recorder(model, plan, write)
-    try:
-        with torch.no_grad(), recorder:
-            model.load_weights(recorder.named(tensors))
-    except Exception as error:
-        refused = _refused(model, specs)
-        if refused:
-            raise ValueError("\n".join(refused)) from error
-        plan.obstacles.append(
-            f"vLLM's loader doesn't take one tensor at a time: {type(error).__name__}: {error}"
-        )
-        return plan
-    _require_all_taken(model, plan)
-    plan.obstacles += _uncovered(model, plan)
-    return plan
-
-
-class _Recorder(TorchDispatchMode):
-    """Sees every write into the model's parameters and buffers while it is active."""
-
-    def __init__(self, model: torch.nn.Module, plan: Plan, write: bool):
-        super().__init__()
-        self._model = {identity(t) for t in [*model.parameters(), *model.buffers()]}
-        self._plan = plan
-        self._write = write
-        self._name = ""
-        self._source = 0
-
-    def named(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for self._name, tensor in tensors:
-            self._source = identity(tensor)
-            yield self._name, tensor
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        written = [
-            value
-            for value, argument in zip(args, func._schema.arguments, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-            and isinstance(value, torch.Tensor) and identity(value) in self._model
-        ]  # fmt: skip
-        if written:
-            self._note(func, args, written[0])
-            if not self._write:
-                return written[0]
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, func, args, to: torch.Tensor) -> None:
-        aten = torch.ops.aten
-        plan, name = self._plan, self._name
-        if func is aten.copy_.default and identity(args[1]) == self._source:
-            view = args[1].expand_as(to)
-            plan.copies.setdefault(name, []).append(
-                Copy(name, view.storage_offset(), tuple(view.stride()), to.detach())
-            )
-        elif func is aten.copy_.default:
-            plan.obstacles.append(f"what becomes of {name} is computed while it is loaded")
-        elif func is aten.fill_.Scalar:
-            plan.fills.append(Fill(to.detach(), args[1]))
-        elif func is aten.zero_.default:
-            plan.fills.append(Fill(to.detach(), 0))
-        else:
-            plan.obstacles.append(f"{name} is written with {func}")
-
-
-def _refused(model: Any, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Lines about the tensors that the model's loader raises for, one by one."""
-    lines = []
-    for name, spec in specs.items():
-        source = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        plan = Plan(specs)
-        recorder = _Recorder(model, plan, write=False)
-        try:
-            with torch.no_grad(), recorder:
-                model.load_weights(recorder.named([(name, source)]))
-        except Exception as error:
-            why = str(error).strip() or type(error).__name__
-            lines.append(f"{name} {tuple(spec.shape)}: {why.splitlines()[0]}")
-        else:
-            if not plan.copies and not plan.obstacles and not spec.is_buffer:
-                lines.append(_untaken(name, spec))
-    return lines
-
-
-def _untaken(name: str, spec: TensorSpec) -> str:
-    return f"{name} {tuple(spec.shape)}: nothing in the engine takes it"
-
-
-def _require_all_taken(model: torch.nn.Module, plan: Plan) -> None:
-    """Parameters that the loader left out, on either side."""
-    if plan.obstacles:  # then what was taken isn't known in full
-        return
-    lines = [
-        _untaken(name, spec)
-        for name, spec in plan.specs.items()
-        if name not in plan.copies and not spec.is_buffer
-    ]
-    written = {identity(c.to) for copies in plan.copies.values() for c in copies}
-    lines += [
-        f"{name} {tuple(parameter.shape)}: the trainer has nothing for this parameter of the engine"
-        for name, parameter in model.named_parameters()
-        if identity(parameter) not in written
-    ]
-    if lines:
-        raise ValueError("\n".join(lines))
-
-
-def _uncovered(model: torch.nn.Module, plan: Plan) -> list[str]:
-    """Obstacles: parameters with elements that neither a copy nor a fill writes."""
-    writes: dict[int, list[torch.Tensor]] = {}
-    for to in [c.to for copies in plan.copies.values() for c in copies] + [
-        f.to for f in plan.fills
-    ]:
-        writes.setdefault(identity(to), []).append(to)
-    obstacles = []
-    for name, parameter in model.named_parameters():
-        views = writes.get(identity(parameter), [])
-        if any(_covers(view, parameter) for view in views):
+def checkpoint_tensors(
+    views: Views, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trainer's contiguous tensors, as a checkpoint has them."""
+    for name, tensor in tensors:
+        if name not in views:
+            yield name, tensor
             continue
-        size = max(_end(t) for t in [parameter, *views])
-        painted = torch.zeros(size, dtype=torch.bool, device=parameter.device)
-        for view in views:
-            _like(painted, view).fill_(True)
-        left = (~_like(painted, parameter)).sum().item()
-        if left:
-            obstacles.append(f"{left} of the {parameter.numel()} elements of {name} aren't loaded")
-    return obstacles
+        base = tensor.storage_offset()
+        for view in views[name]:
+            yield view.name, tensor.as_strided(view.shape, view.stride, base + view.offset)
 
 
-def _covers(view: torch.Tensor, whole: torch.Tensor) -> bool:
-    place = lambda t: (t.storage_offset(), t.shape, t.stride())  # noqa: E731
-    return place(view) == place(whole)
-
-
-def _like(flat: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    return flat.as_strided(view.shape, view.stride(), view.storage_offset())
-
-
-def _end(view: torch.Tensor) -> int:
-    steps = zip(view.shape, view.stride(), strict=True)
-    return view.storage_offset() + sum((n - 1) * s for n, s in steps) + 1 if view.numel() else 0
+def merged(copies: list[Copy], spec: TensorSpec) -> list[Copy]:
+    """One copy for those that are steps of equal size in both, as experts are; else the same."""
+    first = min(copies, key=lambda c: c.offset)
+    kind = lambda c: (c.stride, c.to.shape, c.to.stride(), identity(c.to), c.to.dtype)  # noqa: E731
+    if len(copies) < 2 or any(kind(c) != kind(first) for c in copies):
+        return copies
+    pairs = sorted((c.offset, c.to.storage_offset()) for c in copies)
+    step, to_step = pairs[1][0] - pairs[0][0], pairs[1][1] - pairs[0][1]
+    if step <= 0 or to_step <= 0 or pairs != [
+        (pairs[0][0] + n * step, pairs[0][1] + n * to_step) for n in range(len(pairs))
+    ]:  # fmt: skip
+        return copies
+    # Several to a row: apart, so that the tensor can come in rows.
+    inside = max(1, _row_size(spec.shape) // step)
+    if len(pairs) % inside:
+        inside = 1
+    to = first.to.as_strided(
+        (len(pairs) // inside, inside, *first.to.shape),
+        (inside * to_step, to_step, *first.to.stride()),
+        first.to.storage_offset(),
+    )
+    return [Copy(first.name, first.offset, (inside * step, step, *first.stride), to)]
 
 
 def _row_size(shape: Sequence[int]) -> int:

@@ -1,7 +1,9 @@
-"""vLLM's layerwise reload, for layers that it repacks after loading. Runs in the engine's process.
+"""A sync through vLLM's loader, for layers that it repacks after loading. Runs in the engine's
+process.
 
-Tensors are kept by vLLM until their layer is complete, so what may be overwritten meanwhile is
-copied, and pieces are put together first.
+Parameters are marked before, and none may bear the mark afterwards: where vLLM's reload skips a
+layer, it would go on with what was there. Tensors are kept by vLLM until their layer is complete,
+so what may be overwritten meanwhile is copied, and pieces are put together first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,26 +15,36 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from rollout_server.engine.plan import Piece, TensorSpec
+from rollout_server.engine.marks import mark, marked
+from rollout_server.engine.plan import Piece, TensorSpec, checkpoint_tensors
 
 
-def part(worker: Any, pieces: Sequence[Piece], first: bool, last: bool) -> None:
-    """Load `pieces`, which are all there is if they are both the `first` and the `last`."""
+def part(worker: Any, pieces: Sequence[Piece], first: bool, last: bool, layerwise: bool) -> None:
+    """Load `pieces`, which are all there is if they are both the `first` and the `last`.
+
+    layerwise: layers are repacked as they get complete; else vLLM's loader alone is run. Raises
+    `RuntimeError` that names what wasn't written, with the `last`.
+    """
     model = worker.get_model()
-    device = next(model.parameters()).device
-    with torch.device(device):
+    plan = model.rollout_plan
+    with torch.device(next(model.parameters()).device):
         if first:
             worker.rollout_assembly = {}
-            initialize_layerwise_reload(model)
-        alone = first and last
-        specs = {} if alone else model.rollout_plan.specs
-        model.load_weights(_whole(pieces, specs, worker.rollout_assembly))
+            mark(model)
+            if layerwise:
+                initialize_layerwise_reload(model)
+        specs = {} if first and last else plan.specs
+        whole = _whole(pieces, specs, worker.rollout_assembly)
+        model.load_weights(checkpoint_tensors(plan.views, whole))
         if last:
             left = worker.rollout_assembly
             del worker.rollout_assembly
-            finalize_layerwise_reload(model, worker.model_runner.model_config)
+            if layerwise:
+                finalize_layerwise_reload(model, worker.model_runner.model_config)
             if left:
                 raise RuntimeError(f"only pieces came of {sorted(left)}")
+            if lines := marked(model):
+                raise RuntimeError("vLLM's loader left out " + "; ".join(lines))
 
 
 def _whole(

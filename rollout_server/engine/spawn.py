@@ -7,6 +7,8 @@ While `engine_children` is active, children that the calling thread spawns throu
   `__main__`, which for a script without a `__main__` guard, a notebook or `python -` trains twice
   or fails. vLLM's targets need nothing from it, so `__main__`'s origin is hidden at that moment;
 - die with the thread that started them (`PR_SET_PDEATHSIG`), whatever kills this process;
+- are a process group of their own: a terminal's Ctrl-C and Jupyter's "interrupt kernel" go to all
+  of the trainer's group, and vLLM's processes end on SIGINT. Until they are, they have it blocked;
 - write their standard output and error to a log file;
 - don't see the launcher's variables (`RANK`, `MASTER_PORT`, ...): vLLM would take itself for a
   member of the trainer's process group. They take them out of their environment themselves, so that
@@ -15,10 +17,11 @@ While `engine_children` is active, children that the calling thread spawns throu
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from multiprocessing import popen_spawn_posix, spawn
+from multiprocessing import popen_spawn_posix, resource_tracker, spawn
 
 # Set by accelerate and torchrun for the trainer's own process group.
 LAUNCHER_VARIABLES = (
@@ -27,9 +30,17 @@ LAUNCHER_VARIABLES = (
 )  # fmt: skip
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MEGATRON_LM_", "PMI_", "OMPI_")
 
+# Sent to a whole process group by terminals, notebooks and launchers.
+_OF_GROUPS = (signal.SIGINT, signal.SIGHUP, signal.SIGTSTP)
+
 # Run by the child before anything else. PR_SET_PDEATHSIG is 1; the parent may already be gone.
+# Ignoring a signal drops one that came while it was blocked.
 _PROLOGUE = (
-    "import ctypes, os, sys; "
+    "import ctypes, os, signal, sys; "
+    "os.setpgid(0, 0); "
+    "before = [(n, signal.signal(n, signal.SIG_IGN)) for n in {blocked!r}]; "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, {blocked!r}); "
+    "[signal.signal(n, handler) for n, handler in before]; "
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == {parent} or os._exit(1); "
     "log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600); "
@@ -55,7 +66,8 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
     def hidden_launch(popen, process):
         if threading.get_ident() != thread:
             return launch(popen, process)
-        with _main_hidden():
+        resource_tracker.ensure_running()  # its start would unblock signals again
+        with _main_hidden(), _blocked(_OF_GROUPS):
             launch(popen, process)
         pids.append(popen.pid)
 
@@ -64,8 +76,9 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
         if threading.get_ident() == thread and "-c" in line:
             at = line.index("-c") + 1
             prologue = _PROLOGUE.format(
-                parent=os.getpid(), log=log, hidden=_launcher_variables(), variables=own
-            )
+                parent=os.getpid(), log=log, hidden=_launcher_variables(), variables=own,
+                blocked=[int(number) for number in _OF_GROUPS],
+            )  # fmt: skip
             line[at] = prologue + line[at]
         return line
 
@@ -143,3 +156,13 @@ def _main_hidden() -> Iterator[None]:
     finally:
         for name, value in hidden.items():
             setattr(main, name, value)
+
+
+@contextlib.contextmanager
+def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """For this thread, and for good for children that it starts meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

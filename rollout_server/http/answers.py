@@ -5,7 +5,8 @@ from typing import Any
 
 from rollout_server.http.splice import Message
 
-CHAT, ANTHROPIC = "/v1/chat/completions", "/v1/messages"
+CHAT, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+CONVERSATIONS = frozenset({CHAT, RESPONSES, ANTHROPIC})  # routes whose prompts are messages
 
 
 def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | None:
@@ -15,7 +16,7 @@ def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | 
     """
     if path == CHAT:
         return answer["choices"][choice]["message"]
-    if path == "/v1/responses":
+    if path == RESPONSES:
         return _of_response(answer)
     if path == ANTHROPIC:
         return _of_blocks(answer["content"])
@@ -32,18 +33,19 @@ class Stream:
         self.ended = False
         self._path = path
         self._content: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: dict[int, dict[str, str]] = {}
         self._whole: Message | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        ends = [event.get("meta_info")]  # of /generate
+        ends = [event.get("meta_info"), event.get("details")]  # of SGLang's /generate, of TGI's
         for choice in event.get("choices", ()):
             if choice.get("index", 0) == 0:
                 ends.append(choice)
                 if self._path == CHAT:
                     self._delta(choice.get("delta") or {})
         self.ended = self.ended or any(end and end.get("finish_reason") for end in ends)
-        if self._path == "/v1/responses":
+        if self._path == RESPONSES:
             if event.get("type") in ("response.completed", "response.incomplete"):
                 self._whole = _of_response(event["response"])
                 self.ended = True
@@ -52,6 +54,7 @@ class Stream:
 
     def _delta(self, delta: dict[str, Any]) -> None:
         self._content.append(delta.get("content") or "")
+        self._reasoning.append(delta.get("reasoning") or delta.get("reasoning_content") or "")
         for call in delta.get("tool_calls") or ():
             self._call(call.get("index", 0), call.get("function") or {})
 
@@ -60,11 +63,13 @@ class Stream:
         if event.get("type") == "content_block_start":
             block = event["content_block"]
             self._content.append(block.get("text") or "")
+            self._reasoning.append(block.get("thinking") or "")
             if block.get("type") == "tool_use":
                 self._call(at, {"name": block["name"]})
         elif event.get("type") == "content_block_delta":
             delta = event["delta"]
             self._content.append(delta.get("text") or "")
+            self._reasoning.append(delta.get("thinking") or "")
             if "partial_json" in delta:
                 self._call(at, {"arguments": delta["partial_json"]})
         elif event.get("type") == "message_stop":
@@ -79,31 +84,37 @@ class Stream:
     def message(self) -> Message | None:
         if self._whole is not None or self._path not in (CHAT, ANTHROPIC):
             return self._whole
-        return _message("".join(self._content), [self._calls[at] for at in sorted(self._calls)])
+        calls = [self._calls[at] for at in sorted(self._calls)]
+        return _message("".join(self._reasoning), "".join(self._content), calls)
 
 
-def _message(content: str, calls: list[dict[str, str]]) -> Message:
+def _message(reasoning: str, content: str, calls: list[dict[str, str]]) -> Message:
     message: Message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning"] = reasoning
     if calls:
         message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return message
 
 
 def _of_response(answer: dict[str, Any]) -> Message:
-    texts, calls = [], []
+    thoughts, texts, calls = [], [], []
     for item in answer.get("output", ()):
-        if item.get("type") == "message":
+        if item.get("type") == "reasoning":
+            thoughts += [part.get("text") or "" for part in item.get("content") or ()]
+        elif item.get("type") == "message":
             texts += [part.get("text") or "" for part in item.get("content", ())]
         elif item.get("type") == "function_call":
             calls.append({"name": item["name"], "arguments": item["arguments"]})
-    return _message("".join(texts), calls)
+    return _message("".join(thoughts), "".join(texts), calls)
 
 
 def _of_blocks(blocks: list[dict[str, Any]]) -> Message:
+    thoughts = [block.get("thinking") or "" for block in blocks if block.get("type") == "thinking"]
     texts = [block.get("text") or "" for block in blocks if block.get("type") == "text"]
     calls = [
         {"name": block["name"], "arguments": json.dumps(block["input"])}
         for block in blocks
         if block.get("type") == "tool_use"
     ]
-    return _message("".join(texts), calls)
+    return _message("".join(thoughts), "".join(texts), calls)

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from rollout_server.engine import compat
+from rollout_server.http.calls import current
 from rollout_server.http.faults import Faults
 from rollout_server.http.gate import Gate
 from rollout_server.http.intake import Handed, Intake
 from rollout_server.http.layers import Hold, Routes
 from rollout_server.http.limits import Limits
+from rollout_server.http.names import Names
 from rollout_server.http.record import Calls
 from rollout_server.http.sessions import Owner, Rewards, Sessions
 from rollout_server.http.turns import Turns
@@ -50,7 +52,8 @@ def layered(
     fields that a request leaves out.
     """
     limits = limits or Limits()
-    calls = Calls(Turns(Faults(Handed(app))), gate, version, names, vocabulary, sampling)
+    named = Names(Turns(Faults(Handed(app))), names)
+    calls = Calls(named, gate, version, vocabulary, sampling, sessions.retries)
     return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 
 
@@ -80,3 +83,23 @@ def _default_max_tokens(state: Any, max_tokens: int) -> None:
                 **serving.default_sampling_params,
                 "max_tokens": max_tokens,
             }
+    if getattr(state, "openai_serving_completion", None) is not None:
+        _default_length(state.openai_serving_completion, max_tokens)
+
+
+def _default_length(completion: Any, max_tokens: int) -> None:
+    """That of `/v1/completions`, for which vLLM has a default of its own, and so has no way to tell
+    that a request gives none."""
+    render = completion.render_completion_request
+
+    async def tapped(request, *others, **options):
+        call = current.get()
+        if call is None or call.own_length:
+            return await render(request, *others, **options)
+        # A prompt needn't leave room for all of it: what room there is then bounds the answer.
+        request.max_tokens = None
+        rendered = await render(request, *others, **options)
+        request.max_tokens = max_tokens
+        return rendered
+
+    completion.render_completion_request = tapped

@@ -1,8 +1,11 @@
 """A request's body, whole, and the JSON in it."""
 
+import asyncio
+import itertools
 import json
+import json.scanner
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from rollout_server.http.tokens import BadRequest
@@ -13,6 +16,11 @@ _LARGE = 1 << 63  # what vLLM's messages have no room for
 _DIGITS = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))  # each digit to 0
 _MANY = b"0" * 19
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Bytes, from which a thread has the work on a body, and lets the loop's have its turn: what is done
+# then is done in Python, between whose steps threads take turns, or in short pieces of C.
+LARGE = 128 << 10
+_STRINGS = 500_000  # strings and arrays in a body that C would take long for
+_PIECE, _NUMBERS = 256 << 10, 4096  # characters, numbers
 
 
 class Gone(Exception):
@@ -61,6 +69,11 @@ def again(body: bytes, receive):
     return first
 
 
+async def apart(size: int, work: Callable, *args: Any) -> Any:
+    """What `work` gives, in a thread where it is on a body of a size that would hold the loop."""
+    return work(*args) if size < LARGE else await asyncio.to_thread(work, *args)
+
+
 def parse(body: bytes) -> Any:
     """The JSON value in a body; `BadRequest` for what two readers could read in two ways (other
     encodings, NaN, a name twice), and for what is nested too deep to be handled safely."""
@@ -68,11 +81,17 @@ def parse(body: bytes) -> Any:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body isn't UTF-8: {error.reason} at byte {error.start}") from None
-    integers = _integer if _MANY in body.translate(_DIGITS) else None
+    large = len(body) >= LARGE
+    hooks = {"parse_constant": _refuse_constant, "object_pairs_hook": _object}
+    if large or _MANY in body.translate(_DIGITS):
+        hooks["parse_int"] = _integer
+    if large:
+        hooks["parse_float"] = _float
+    decoder = json.JSONDecoder(**hooks)
+    if large and body.count(b'"') / 2 + body.count(b"[") > _STRINGS:
+        decoder.scan_once = json.scanner.py_make_scanner(decoder)
     try:
-        value = json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_object, parse_int=integers
-        )
+        value = decoder.decode(text)
     except RecursionError:
         raise BadRequest(f"the body is nested more than {DEPTH} deep; send less") from None
     except BadRequest:
@@ -80,14 +99,61 @@ def parse(body: bytes) -> Any:
     except ValueError as error:  # a number with too many digits too
         raise BadRequest(f"the body isn't valid JSON: {error}") from None
     _require_shallow(value)
-    if _SURROGATE.search(body):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadRequest(
-                "the body has half of a surrogate pair (\\ud800 to \\udfff); send whole characters"
-            ) from None
+    if _SURROGATE.search(body) and not _whole(value):
+        raise BadRequest(
+            "the body has half of a surrogate pair (\\ud800 to \\udfff); send whole characters"
+        )
     return value
+
+
+def written(value: Any) -> bytes:
+    """A JSON value as a body; one that is large in a thread (see `LARGE`)."""
+    parts, pieces = [], _pieces(value)
+    while some := list(itertools.islice(pieces, _NUMBERS)):
+        parts.append("".join(some).encode())
+    return b"".join(parts)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for at, (name, inner) in enumerate(value.items()):
+            yield f"{', ' if at else '{'}{json.dumps(name)}: "
+            yield from _pieces(inner)
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        step = _NUMBERS if value and isinstance(value[0], (int, float)) else 1
+        for at in range(0, len(value), step):
+            yield ", " if at else "["
+            if step == 1:
+                yield from _pieces(value[at])
+            else:
+                yield json.dumps(value[at : at + step])[1:-1]
+        yield "]" if value else "[]"
+    elif isinstance(value, str) and len(value) > _PIECE:
+        yield '"'
+        for at in range(0, len(value), _PIECE):
+            yield json.dumps(value[at : at + _PIECE])[1:-1]
+        yield '"'
+    else:
+        yield json.dumps(value)
+
+
+def _whole(value: Any) -> bool:
+    """Whether its strings hold whole characters."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += one
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, str) and not one.isascii():
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return False
+    return True
 
 
 def _refuse_constant(name: str) -> Any:
@@ -99,6 +165,10 @@ def _integer(digits: str) -> int:
     if not -_LARGE <= value < _LARGE:
         raise BadRequest(f"the body has the number {digits[:20]}...; give one of at most 64 bits")
     return value
+
+
+def _float(digits: str) -> float:
+    return float(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -86,8 +86,15 @@ class Call:
     """
     known: finds the tokens of an earlier answer, given the messages as the template gets them and
     what else it gets; carried: whether they came from the client, which may have edited them.
+    must_see: whether its prompt is a conversation that must be rendered where taps.py sees it;
+    seen: whether it was.
     earlier: the first messages, as vLLM left them in an earlier request, which it isn't handed
     again; rendered: the messages that it is rendering.
+    opening: token ids with which the template opens the answer, where a parser looks for reasoning
+    in them; parser: that parser, vLLM's.
+    own_length: it says how many tokens to sample at most.
+    silent: what is sampled is shown to nobody, so it is none: vLLM samples a token where it was
+    asked for the prompt alone.
     died: why the engine that had it won't answer.
     """
 
@@ -97,8 +104,14 @@ class Call:
     options: Options
     carried: bool = False
     with_logprobs: bool = False
+    must_see: bool = False
+    seen: bool = False
+    silent: bool = False
+    own_length: bool = True
     earlier: Earlier = field(default_factory=Earlier)
     rendered: Sequence[Message] = ()
+    opening: list[int] | None = None
+    parser: Any = None
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)
@@ -153,6 +166,9 @@ class Call:
             ]
 
     def _take(self, sample: Sample, output: Any) -> None:
+        if self.silent:
+            sample.finish_reason = output.finish_reason or sample.finish_reason
+            return
         ids = list(output.token_ids)
         if output.logprobs is not None:
             sample.logprobs += [

@@ -6,12 +6,14 @@ Bodies aren't counted here: see intake.py, which knows whose they are.
 import asyncio
 import contextlib
 import resource
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
+from rollout_server.patience import Timer, overslept
 
 _OTHER_FILES = 1024  # that this process has or may open besides connections
 
@@ -30,8 +32,8 @@ class _Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._served = self.app
-        self._reading: asyncio.TimerHandle | None = None  # while a header is incomplete
-        self._writing: asyncio.TimerHandle | None = None  # while written bytes aren't taken
+        self._reading: Timer | None = None  # while a header is incomplete
+        self._writing: Timer | None = None  # while written bytes aren't taken
         self._header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -71,7 +73,7 @@ class _Connection(HttpToolsProtocol):
     def _expect_header(self) -> None:
         if self._reading is None:
             self._header_bytes = 0
-            self._reading = self.loop.call_later(self.limits.patience, self._header_late)
+            self._reading = self._later(self._header_late)
 
     def _header_late(self) -> None:
         self._reading = None
@@ -94,7 +96,7 @@ class _Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._writing is None:
-            self._writing = self.loop.call_later(self.limits.patience, self.transport.abort)
+            self._writing = self._later(self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -102,9 +104,18 @@ class _Connection(HttpToolsProtocol):
         self._writing = None
 
     def timeout_keep_alive_handler(self) -> None:
+        if overslept(self.loop, self.timeout_keep_alive_task.when()):
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+            return
         super().timeout_keep_alive_handler()
         if self._writing is None:  # closing waits for the client to take the rest
-            self._writing = self.loop.call_later(self.limits.patience, self.transport.abort)
+            self._writing = self._later(self.transport.abort)
+
+    def _later(self, work: Callable[[], None]) -> Timer:
+        """Has `work` done when the client's time is over."""
+        return Timer(self.loop, self.limits.patience, work)
 
 
 async def _header_too_large(scope, receive, send) -> None:
@@ -119,7 +130,7 @@ def _answer(transport: asyncio.Transport, status: str, message: str, *fields: st
     transport.write("\r\n".join(lines).encode())
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: Timer | None) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -1,5 +1,6 @@
 """An engine's endpoint: its port, the gate and the sessions, and vLLM's app behind all layers."""
 
+import asyncio
 import copy
 import socket
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 from rollout_server.config import RolloutConfig
 from rollout_server.http.app import layered, serving_app
 from rollout_server.http.gate import Gate
+from rollout_server.http.lag import watch
 from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
@@ -15,6 +17,8 @@ from rollout_server.http.scrape import Scrape
 from rollout_server.http.seen import Seen
 from rollout_server.http.sessions import Sessions
 from rollout_server.http.taps import tap
+from rollout_server.http.texts import Texts
+from rollout_server.http.tgi import TextGeneration
 from rollout_server.journal import Journal
 
 
@@ -28,8 +32,9 @@ class Endpoint:
         self._journal = journal
         self._sock: socket.socket | None = None
         self._listener: Listener | None = None
+        self._watch: asyncio.Task | None = None  # of the loop's lag
         self.gate = Gate(config.hold_timeout, journal.metrics)
-        self.sessions = Sessions(journal)
+        self.sessions = Sessions(journal, config.max_retry_bytes, config.max_session_bytes)
         read = journal.metrics.read
         read("gate_held_requests", lambda: self.gate.held)
         read("sessions_open", lambda: len(self.sessions))
@@ -61,19 +66,24 @@ class Endpoint:
         parser = self._config.reasoning_parser
         app = await serving_app(client, names, sampling, tool_parser, parser)
         # The trainer's tokenizer isn't thread-safe.
-        tap(client, app.state.openai_serving_chat, copy.deepcopy(tokenizer))
-        app = Scrape(app, self._journal.metrics)
+        texts = Texts(copy.deepcopy(tokenizer), client.model_config.max_model_len)
+        tap(client, app.state, texts)
+        app = Generate(Scrape(app, self._journal.metrics), client, sampling, version, texts)
+        app = TextGeneration(app, client, texts, sampling)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
-            Generate(app, client, sampling, version), self._key, self.gate, version, self.sessions,
-            names, client.model_config.get_vocab_size(), sampling, limits,
+            app, self._key, self.gate, version, self.sessions, names,
+            client.model_config.get_vocab_size(), sampling, limits,
         )  # fmt: skip
         self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
         await self._listener.start()
+        self._watch = asyncio.ensure_future(watch(self._journal.metrics))
 
     async def close(self, patience: float) -> None:
         """Tell who waits, and cut what still runs after `patience` seconds."""
         self.gate.shut("the server is closed")
+        if self._watch is not None:
+            self._watch.cancel()
         if self._listener is not None:
             await self._listener.close(patience)
 

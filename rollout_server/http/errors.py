@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 
-async def send_error(send, status: int, message: str, kind: str, headers: dict | None = None):
+async def send_error(
+    send, status: int, message: str, kind: str, headers: dict | None = None,
+    param: str | None = None,
+):  # fmt: skip
     """Send a whole ASGI answer `{"error": {...}}`."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
+    error = {"message": message, "type": kind, "param": param, "code": status}
     await send_json(send, {"error": error}, status, headers)
 
 

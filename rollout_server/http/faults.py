@@ -3,10 +3,15 @@
 vLLM answers 500 to some requests that it should refuse: a field of a wrong type, a schema that
 refers to itself. An error of the kinds that Python raises for a wrong value, before anything was
 sampled for the request, is the request's: it is told so, with 400. A request that an engine's death
-ended gets 503. All else stays what it is, and everything is logged with its traceback.
+ended gets 503. All else stays what it is.
+
+What vLLM logs of a request's errors goes to our logger, never to the terminal by itself: as an
+error where the answer is a failure of the server's own, else at debug level, for its sender knows.
 """
 
 import logging
+from collections import deque
+from contextvars import ContextVar
 
 from rollout_server.engine import compat
 from rollout_server.errors import first_line
@@ -18,6 +23,15 @@ _WRONG_VALUE = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
     AssertionError, NotImplementedError,
 )  # fmt: skip
+# What vLLM logged of the request that is being answered; the last of it.
+_logged: ContextVar["deque[logging.LogRecord] | None"] = ContextVar("rollout_logged", default=None)
+_MOST = 8
+_TAKEN = "rollout_taken"
+# Where vLLM reads requests and writes answers, in threads too, which don't know the request.
+_OF_REQUESTS = tuple(
+    f"vllm.{name}."
+    for name in ("entrypoints", "renderers", "parser", "reasoning", "tool_parsers", "tokenizers")
+)
 
 
 class Faults:
@@ -25,8 +39,21 @@ class Faults:
 
     def __init__(self, app):
         self._app = app
+        keep_off_terminal()
 
     async def __call__(self, scope, receive, send):
+        records = deque(maxlen=_MOST)
+        token = _logged.set(records)
+        failed = True
+        try:
+            failed = await self._answered(scope, receive, send)
+        finally:
+            _logged.reset(token)
+            for record in records:
+                _tell(record, logging.ERROR if failed else logging.DEBUG)
+
+    async def _answered(self, scope, receive, send) -> bool:
+        """Whether the answer is a failure of the server's own."""
         held, started = [], False
 
         async def out(message):
@@ -42,7 +69,8 @@ class Faults:
             await self._app(scope, receive, out)
         except Exception as raised:
             error = raised
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            level = logging.DEBUG if not started and is_request(error) else logging.ERROR
+            log.log(level, "%s %s failed", scope["method"], scope["path"], exc_info=True)
             if started:
                 raise
         if error is not None and is_request(error):
@@ -59,8 +87,37 @@ class Faults:
         elif held:
             for message in held:
                 await send(message)
+            return True
         elif error is not None:
             await send_error(send, 500, "internal error; see the server's log", "server_error")
+            return True
+        return False
+
+
+def keep_off_terminal() -> None:
+    """Have vLLM's handlers leave out the errors of requests; a user's own, of files, have them."""
+    for handler in logging.getLogger("vllm").handlers:
+        if type(handler) is logging.StreamHandler and _not_of_a_request not in handler.filters:
+            handler.addFilter(_not_of_a_request)
+
+
+def _not_of_a_request(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.ERROR and not record.exc_info:
+        return True
+    records = _logged.get()
+    if records is None and not (record.exc_info and record.name.startswith(_OF_REQUESTS)):
+        return True
+    if not hasattr(record, _TAKEN):  # by another handler's filter
+        setattr(record, _TAKEN, True)
+        if records is None:
+            _tell(record, logging.DEBUG)
+        else:
+            records.append(record)
+    return False
+
+
+def _tell(record: logging.LogRecord, level: int) -> None:
+    log.log(level, "%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
 
 
 def is_request(error: BaseException) -> bool:

@@ -7,17 +7,17 @@ that a request that is held has a body of known size, and its client's going awa
 """
 
 import asyncio
-import json
 from typing import Any
 
-from rollout_server.http.body import Gone, again, parse, read_body
+from rollout_server.http.body import Gone, again, apart, parse, read_body, written
 from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
 from rollout_server.http.refusals import refuse_content, refuse_headers
 from rollout_server.http.tokens import BadRequest
 
-# In the ASGI scope of a POST: the body, None where a layer has changed what is in it, and that.
-BODY, REQUEST = "rollout_body", "rollout_request"
+# In the ASGI scope of a POST: the body, None where a layer has changed what is in it; that; and how
+# many bytes came.
+BODY, REQUEST, SIZE = "rollout_body", "rollout_request", "rollout_size"
 _CUT = {"connection": "close"}  # what else the client sends isn't read
 
 
@@ -60,7 +60,8 @@ class Intake:
                 return
             except Gone:
                 return
-            await self._app({**scope, BODY: body, REQUEST: request}, receive, send)
+            scope = {**scope, BODY: body, REQUEST: request, SIZE: len(body)}
+            await self._app(scope, receive, send)
         finally:
             self._bytes -= taken
 
@@ -77,9 +78,7 @@ class Intake:
             raise _Refused(408, message, "timeout_error", _CUT) from None
         if not body:
             return body, {}
-        request = parse(body)
-        refuse_content(scope["path"], request)
-        return body, request
+        return body, await apart(len(body), _request, scope["path"], body)
 
     def _require_room(self, size: int) -> None:
         most = self._limits.body_bytes
@@ -89,6 +88,12 @@ class Intake:
         if self._bytes > self._limits.bodies_bytes:
             message = "too many large requests at once; come back"
             raise _Refused(503, message, "service_unavailable", _CUT | {"retry-after": "1"})
+
+
+def _request(path: str, body: bytes) -> Any:
+    request = parse(body)
+    refuse_content(path, request)
+    return request
 
 
 class Handed:
@@ -101,6 +106,6 @@ class Handed:
         if BODY in scope:
             body = scope[BODY]
             if body is None:
-                body = json.dumps(scope[REQUEST]).encode()
+                body = await apart(scope[SIZE], written, scope[REQUEST])
             receive = again(body, receive)
         await self._app(scope, receive, send)

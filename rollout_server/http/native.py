@@ -18,6 +18,7 @@ from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.faults import is_request
 from rollout_server.http.intake import REQUEST
+from rollout_server.http.texts import Texts
 from rollout_server.http.tokens import BadRequest, require_ids, shown
 
 GENERATE = "/generate"
@@ -54,12 +55,17 @@ _FIELDS = frozenset(
 class Generate:
     """Answers `/generate`; other requests pass."""
 
-    def __init__(self, app, client: Any, sampling: Mapping[str, Any], version: Callable[[], int]):
-        """client: vLLM's; sampling: defaults of the sampling fields; version: the policy's."""
+    def __init__(
+        self, app, client: Any, sampling: Mapping[str, Any], version: Callable[[], int],
+        texts: Texts,
+    ):  # fmt: skip
+        """client: vLLM's; sampling: defaults of the sampling fields; version: the policy's; texts:
+        of its tokenizer."""
         self._app = app
         self._client = client
         self._sampling = dict(sampling)
         self._version = version
+        self._texts = texts
 
     async def __call__(self, scope, receive, send):
         if (scope["method"], scope["path"]) != ("POST", GENERATE):
@@ -67,7 +73,7 @@ class Generate:
             return
         try:
             request = scope[REQUEST]
-            single, work = self._requests(request)
+            single, work = await self._requests(request)
         except (ValueError, SamplingError) as error:  # BadRequest too
             await send_error(send, 400, str(error), "invalid_request_error")
             return
@@ -75,7 +81,7 @@ class Generate:
         with contextlib.suppress(Gone):  # its generations are freed
             await unless_gone(receive, answer(work, single, send))
 
-    def _requests(self, request: Any) -> tuple[bool, list[tuple[list[int], Any, str, dict]]]:
+    async def _requests(self, request: Any) -> tuple[bool, list[tuple[list[int], Any, str, dict]]]:
         """Whether one answer is wanted, and (prompt, params, id, request) of each."""
         if not isinstance(request, dict):
             raise BadRequest("the body isn't a JSON object; give input_ids or text")
@@ -89,10 +95,9 @@ class Generate:
         texts = request.get("text")
         if (given is None) == (texts is None):
             raise BadRequest("input_ids and text: give one of them")
-        tokenizer = self._client.renderer.get_tokenizer()
         if given is None:
             single = not isinstance(texts, list)
-            prompts = [list(tokenizer.encode(_text(t))) for t in ([texts] if single else texts)]
+            prompts = [await self._tokens(text) for text in ([texts] if single else texts)]
         else:
             single = not (isinstance(given, list) and given and isinstance(given[0], list))
             prompts = [given] if single else given
@@ -109,6 +114,15 @@ class Generate:
             for i, (prompt, own) in enumerate(zip(prompts, each, strict=True))
         ]
         return single, work
+
+    async def _tokens(self, text: Any) -> list[int]:
+        if self._texts.too_long(_text(text)):
+            raise BadRequest(
+                f"text has {len(text)} characters, which are more than {self._texts.longest} "
+                "tokens, the model's maximum context length"
+            )
+        await asyncio.sleep(0)  # there may be many texts
+        return await self._texts.encode(text, special=True)
 
     def _prompt(self, prompt: Any, at: int) -> list[int]:
         name = f"input_ids[{at}]"

@@ -15,19 +15,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_server.http import routes
-from rollout_server.http.answers import CHAT, Stream, message_of
-from rollout_server.http.calls import Call, current
+from rollout_server.http.answers import CHAT, CONVERSATIONS, Stream, message_of
+from rollout_server.http.body import apart
+from rollout_server.http.calls import Call, Sample, current
 from rollout_server.http.errors import send_error
 from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
-from rollout_server.http.intake import BODY, REQUEST
+from rollout_server.http.intake import BODY, REQUEST, SIZE
 from rollout_server.http.options import NAMES, Options
+from rollout_server.http.retries import Copy, Retries
 from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION, Live
 from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
 
 VERSION_HEADER = b"x-policy-version"
+_COMPLETIONS = "/v1/completions"
 _TOLD = 8192  # answers
 _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 
@@ -36,17 +39,17 @@ class Calls:
     """Only for requests that render or sample; others pass."""
 
     def __init__(
-        self, app, gate: Gate, version: Callable[[], int], names: list[str], vocabulary: int,
-        sampling: Mapping[str, Any],
+        self, app, gate: Gate, version: Callable[[], int], vocabulary: int,
+        sampling: Mapping[str, Any], retries: Retries,
     ):  # fmt: skip
-        """version: the policy's; names: of the model; vocabulary: number of token ids; sampling:
-        defaults of the sampling fields."""
+        """version: the policy's; vocabulary: number of token ids; sampling: defaults of the
+        sampling fields; retries: where answers of sessions are remembered."""
         self._app = app
         self._gate = gate
         self._version = version
         self._temperature = sampling.get("temperature")
-        self._names = names
         self._vocabulary = vocabulary
+        self._retries = retries
         # What was answered outside of sessions: a client that sends tokens back is compared with.
         self._told = History(limit=_TOLD)
 
@@ -57,36 +60,43 @@ class Calls:
         live, given = scope.get(SESSION), scope[REQUEST]
         request = given if isinstance(given, dict) else {}  # vLLM will tell its sender
         try:
-            note(scope).call = call = self._call(scope["path"], live, request)
+            call = await apart(scope[SIZE], self._call, scope["path"], live, request)
+            note(scope).call = call
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        name = _name(scope) if live is not None else None
-        if name is not None and _may_repeat(scope) and name in live.answered:
-            for message in live.answered[name]:
+        answer = _Answer(scope["path"], request, call, live, self._told, send, self._version)
+        if live is None:
+            await self._pass_on(scope, receive, answer, request)
+            return
+        name, session = await apart(scope[SIZE], _name, scope), live.session.id
+        if _may_repeat(scope) and (before := await self._retries.find(session, name)):
+            for message in before:
                 await send(message)
             return
-        answer = _Answer(scope["path"], request, call, live, self._told, send, self._version)
+        answer.copy = copy = self._retries.copy()
+        try:
+            await self._pass_on(scope, receive, answer, request)
+            if answer.good:
+                self._retries.keep(session, name, copy)
+        finally:
+            if not answer.good:
+                copy.drop()
+            if live.ending.happened:  # meanwhile
+                self._retries.forget(session)
+
+    async def _pass_on(self, scope, receive, answer: "_Answer", request: dict[str, Any]) -> None:
+        call = answer.call
         finishes = call.options.on_sync == "finish"
         token = current.set(call)
         try:
             with self._gate.finishing() if finishes else contextlib.nullcontext():
-                passed_on = self._for_vllm(live, request)
+                passed_on = {name: value for name, value in request.items() if name not in NAMES}
                 if passed_on != request:
                     scope = {**scope, BODY: None, REQUEST: passed_on}
                 await self._app(scope, receive, answer.send)
         finally:
             current.reset(token)
-        if live is not None and answer.complete:
-            live.remember(name, answer.sent)
-
-    def _for_vllm(self, live: Live | None, request: dict[str, Any]) -> dict[str, Any]:
-        """The request without our fields, for a model that there is."""
-        passed_on = {name: value for name, value in request.items() if name not in NAMES}
-        if live is not None and request.get("model") not in (None, *self._names):
-            # An agent that was pointed here by its environment asks for the model that it knows.
-            passed_on["model"] = self._names[0]
-        return passed_on
 
     def _call(self, path: str, live: Live | None, request: dict[str, Any]) -> Call:
         options = Options.of(path, request, live, self._temperature)
@@ -111,6 +121,9 @@ class Calls:
         call = Call(
             self._version, known, self._gate, options,
             with_logprobs=live is not None or _asks(request),
+            own_length=request.get("max_tokens") is not None,
+            silent=path == _COMPLETIONS and request.get("max_tokens") == 0,
+            must_see=path in CONVERSATIONS and (live is not None or told is not None),
         )  # fmt: skip
         return call
 
@@ -119,22 +132,30 @@ class _Answer:
     """Passes the app's answer on, marked, and records it when it is whole: before the client has
     the end of it, which may be all that it waits for.
 
-    complete: whether it came to its end, and was recorded if it is a session's; sent: its messages.
+    good: whether it came to its end without an error, and was recorded if it is a session's.
+    copy: what it is remembered in, of a session's.
     """
 
     def __init__(
         self, path: str, request: dict[str, Any], call: Call, live: Live | None, told: History,
         send: Callable, version: Callable[[], int],
     ):  # fmt: skip
-        self._path, self._call, self._live, self._told_before = path, call, live, told
+        self._path, self.call, self._live, self._told_before = path, call, live, told
         self._send, self._version = send, version
         self._with_tokens = _asks(request) and path == CHAT
+        n = request.get("n")
+        self._each = n if type(n) is int and n > 0 else 1  # answers to a prompt
         self._start: dict | None = None
         self._pending = b""
-        self._streams = self._passes = self._told = self._recorded = False
+        self._streams = self._passes = self._recorded = False
+        self._complete = self._failed = False
         self._stream = Stream(path) if live is not None or self._with_tokens else None
-        self.complete = False
-        self.sent: list[dict] = []
+        self.copy: Copy | None = None
+
+    @property
+    def good(self) -> bool:
+        ends = {sample.finish_reason for sample in self._samples()}
+        return self._complete and not self._failed and ends.isdisjoint(("abort", "error"))
 
     async def send(self, message: dict) -> None:
         if message["type"] == "http.response.start":
@@ -157,9 +178,9 @@ class _Answer:
             await self._body(message)
 
     async def _out(self, message: dict) -> None:
-        if self._live is not None:
-            self.sent.append(message)
         await self._send(message)
+        if self.copy is not None and not self._passes:
+            await self.copy.add(message)
 
     async def _body(self, message: dict) -> None:
         self._pending += message.get("body", b"")
@@ -169,16 +190,16 @@ class _Answer:
         if self._with_tokens or self._live is not None:
             answer = json.loads(body)
             self._record(message_of(self._path, answer))
-            if self._with_tokens and self._call.generations:
+            if self._with_tokens and self.call.generations:
                 body = json.dumps(self._with_its_tokens(answer)).encode()
-        body = self._marked(body, True)
+        body = self._marked(body, self._samples())
         headers = [
             (k, str(len(body)).encode() if k == b"content-length" else v)
             for k, v in self._start["headers"]
         ]
         await self._out({**self._start, "headers": headers})
         await self._out({"type": "http.response.body", "body": body})
-        self.complete = True
+        self._complete = True
 
     async def _events(self, message: dict) -> None:
         """Events end with an empty line; half an event waits for its other half."""
@@ -186,66 +207,84 @@ class _Answer:
         at = body.rfind(b"\n\n") + 2 if more else len(body)
         body, self._pending = (body[:at], body[at:]) if at >= 2 else (b"", body)
         lines = [self._event(line) for line in body.split(b"\n")]
-        if not self._recorded and (not more or self._ended()):
+        if not self._recorded and not self._failed and (not more or self._ended()):
             self._record(self._stream.message if self._stream is not None else None)
         if body or not more:
             await self._out({**message, "body": b"\n".join(lines)})
-        self.complete = not more
+        self._complete = not more
 
     def _event(self, line: bytes) -> bytes:
         if not line.startswith(b"data: {"):
             return line
-        event = line[6:]
-        last = not self._told and self._sampled()
-        if self._stream is not None or (last and self._with_tokens):
+        event, samples = line[6:], []
+        ends = b'"finish_reason":"' in event.replace(b": ", b":")
+        if self._stream is not None or ends:
             parsed = json.loads(event)
+            self._failed = self._failed or _tells_error(parsed)
             if self._stream is not None:
                 self._stream.add(parsed)
-            if last and self._with_tokens and _finishes(parsed):
-                event = json.dumps(self._with_its_tokens(parsed)).encode()
-        # The engine may be ahead of the stream: told with the event that ends an answer.
-        last = last and b'"finish_reason":"' in event.replace(b": ", b":")
-        self._told = self._told or last
-        return b"data: " + self._marked(event, last)
+            if ends:
+                # The engine may be ahead of the stream: told with the event that ends a choice.
+                samples = [self._sample(c) for c in _finished(parsed)]
+                samples = [sample for sample in samples if sample is not None]
+                if samples and self._with_tokens:
+                    event = json.dumps(self._with_its_tokens(parsed)).encode()
+        return b"data: " + self._marked(event, samples)
 
     def _ended(self) -> bool:
         """Whether a stream of one answer has told its end."""
-        one = len(self._call.generations) == 1 and len(self._call.generations[0].samples) == 1
+        one = len(self.call.generations) == 1 and len(self.call.generations[0].samples) == 1
         return one and self._stream is not None and self._stream.ended and self._sampled()
 
     def _sampled(self) -> bool:
-        samples = [s for g in self._call.generations for s in g.samples.values()]
+        samples = [s for g in self.call.generations for s in g.samples.values()]
         return bool(samples) and all(s.finish_reason is not None for s in samples)
 
+    def _samples(self) -> list[Sample]:
+        """What the answer's choices are, in their order."""
+        generations = self.call.generations
+        if self._path != _COMPLETIONS:  # there each is of a prompt, here of a step to the answer
+            generations = generations[-1:]
+        return [g.samples[at] for g in generations for at in sorted(g.samples)]
+
+    def _sample(self, choice: dict[str, Any]) -> Sample | None:
+        """That of a choice, once it is whole."""
+        number, generations = choice.get("index", 0), self.call.generations
+        prompt, at = divmod(number, self._each) if self._path == _COMPLETIONS else (-1, number)
+        if prompt >= len(generations) or not generations:
+            return None
+        sample = generations[prompt].samples.get(at)
+        return None if sample is None or sample.finish_reason is None else sample
+
     def _with_its_tokens(self, answer: dict[str, Any]) -> dict[str, Any]:
-        generation = self._call.generations[-1]
         for choice in answer.get("choices", ()):
-            sample = generation.samples.get(choice.get("index", 0))
             field = "delta" if "delta" in choice else "message"
+            sample = self._sample(choice) if choice.get("finish_reason") else None
             if sample is not None and isinstance(choice.get(field), dict):
-                choice[field] = with_tokens(choice[field], generation.prompt_ids, sample)
+                prompt_ids = self.call.generations[-1].prompt_ids
+                choice[field] = with_tokens(choice[field], prompt_ids, sample)
         return answer
 
-    def _marked(self, body: bytes, whole: bool) -> bytes:
-        """`{...}` -> `{"policy_version": N, ...}`, without parsing what may be long."""
+    def _marked(self, body: bytes, samples: list[Sample]) -> bytes:
+        """`{...}` -> `{"policy_version": N, ...}`, without parsing what may be long.
+
+        samples: of the choices that are whole with it."""
         if not body.startswith(b"{"):
             return body
         marks: dict[str, Any] = {"policy_version": self._version()}
-        generations = self._call.generations
-        if whole and generations:
-            samples = generations[-1].samples
+        if samples:
             marks["policy_versions"] = [
-                [{"version": v, "start": a, "end": b} for v, a, b in samples[i].versions]
-                for i in sorted(samples)
+                [{"version": v, "start": a, "end": b} for v, a, b in sample.versions]
+                for sample in samples
             ]
-            if generations[-1].masked:
+            if self.call.generations[-1].masked:
                 marks["logprobs_of"] = "what the grammar allowed"
         comma = b"" if body[1:].lstrip().startswith(b"}") else b", "
         return json.dumps(marks).encode()[:-1] + comma + body[1:]
 
     def _record(self, answer: dict[str, Any] | None) -> None:
         """Whole answers only: a client that goes away has no answer that it could go on from."""
-        call, live = self._call, self._live
+        call, live = self.call, self._live
         if live is not None and live.session.ended:
             return  # while it was answered
         if live is not None and self._sampled():
@@ -272,8 +311,13 @@ def _asks(request: dict[str, Any]) -> bool:
     return any(map(request.get, ("logprobs", "return_token_ids", "unmasked_logprobs")))
 
 
-def _finishes(event: dict[str, Any]) -> bool:
-    return any(choice.get("finish_reason") for choice in event.get("choices", ()))
+def _finished(event: dict[str, Any]) -> list[dict[str, Any]]:
+    return [choice for choice in event.get("choices", ()) if choice.get("finish_reason")]
+
+
+def _tells_error(event: dict[str, Any]) -> bool:
+    """Whether an event says that there won't be a whole answer; each dialect has its own way."""
+    return bool(event.get("error")) or event.get("type") in ("error", "response.failed")
 
 
 def _digest(ids: list[int]) -> bytes:

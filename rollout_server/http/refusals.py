@@ -167,8 +167,9 @@ def _require_short(path: str, request: Mapping[str, Any]) -> None:
     for name in ("request_id", "rid", "session_id", "user"):
         if isinstance(given := request.get(name), str) and len(given) > NAME:
             raise BadRequest(f"{name} has {len(given)} characters; give at most {NAME}")
-    fields = request.get("sampling_params")  # of /generate
-    for one in (request, *(f for f in [fields, *_list(fields)] if isinstance(f, dict))):
+    fields = request.get("sampling_params")  # of SGLang's /generate; parameters: of TGI's
+    given = [fields, *_list(fields), request.get("parameters")]
+    for one in (request, *(f for f in given if isinstance(f, dict))):
         _require_few(one)
 
 
@@ -225,7 +226,21 @@ def _forces(request: Mapping[str, Any]) -> bool:
     described to the model."""
     choice = request.get("tool_choice")
     choice = choice.get("type") if isinstance(choice, dict) else choice
-    return choice not in (None, "auto", "none") or '"strict": true' in json.dumps(request["tools"])
+    return choice not in (None, "auto", "none") or _any_strict(request["tools"])
+
+
+def _any_strict(tools: Any) -> bool:
+    """Whether one of them asks for a grammar of its own, wherever a dialect has that."""
+    waiting = [tools]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if one.get("strict") is True:
+                return True
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return False
 
 
 def _require_object(name: str, value: Any) -> None:

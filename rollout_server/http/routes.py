@@ -5,6 +5,9 @@ Weights, sleep and pause are calls in the training process, never HTTP.
 
 import re
 
+# Text Generation Inference's. Its clients post to the URL that they were given, which may be the
+# base URL of OpenAI's clients; SGLang has a /generate too.
+TGI = frozenset({"/", "/v1", "/v1/", "/generate", "/generate_stream"})
 # Need an awake engine: they wait at the gate.
 GENERATES = frozenset(
     {
@@ -12,7 +15,7 @@ GENERATES = frozenset(
         ("POST", "/v1/completions"),
         ("POST", "/v1/responses"),
         ("POST", "/v1/messages"),
-        ("POST", "/generate"),
+        *(("POST", path) for path in TGI),
     }
 )
 # Answered by the front end alone, whatever the engine does.
@@ -30,11 +33,25 @@ ANSWERS = frozenset(
     }
 )
 PUBLIC = frozenset({("GET", "/health")})
+# What a session's key opens: an agent's calls. Not what tells of the server, nor responses that are
+# stored: their ids can be made up by clients, so they may be another session's.
+_OF_SESSIONS = (
+    GENERATES
+    | PUBLIC
+    | {
+        ("GET", "/v1/models"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("POST", "/v1/reward"),
+    }
+)
 _PATTERNS = (
     ("GET", re.compile(r"/v1/models/[^?]+"), "/v1/models/{model}"),
     ("GET", re.compile(r"/v1/responses/[^/]+"), "/v1/responses/{id}"),
     ("POST", re.compile(r"/v1/responses/[^/]+/cancel"), "/v1/responses/{id}/cancel"),
 )
+NAMELESS = TGI  # where the model has no name
 REWARD = "/v1/reward"  # answered in front of these
 GEMINI = "/v1beta/openai"  # where clients of Gemini's OpenAI surface look for /v1
 _PATHS = {path for _, path in GENERATES | ANSWERS | PUBLIC} | {REWARD}
@@ -47,6 +64,12 @@ def known(method: str, path: str) -> bool:
     if (method, path) in GENERATES | ANSWERS | PUBLIC:
         return True
     return any(method == m and pattern.fullmatch(path) for m, pattern, _ in _PATTERNS)
+
+
+def of_session(method: str, path: str) -> bool:
+    """Whether a session's key opens it."""
+    method = "GET" if method == "HEAD" else method
+    return (method, path) in _OF_SESSIONS or (method == "GET" and path.startswith("/v1/models/"))
 
 
 def label(path: str) -> str:

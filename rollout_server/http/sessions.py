@@ -3,16 +3,16 @@
 import hmac
 import re
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.http import routes
 from rollout_server.http.accepted import Accepted
+from rollout_server.http.ending import Ending
 from rollout_server.http.errors import send_error, send_json
 from rollout_server.http.history import History
 from rollout_server.http.intake import REQUEST
+from rollout_server.http.retries import Retries
 from rollout_server.http.routes import GEMINI, REWARD
 from rollout_server.http.seen import note
 from rollout_server.journal import Journal
@@ -20,29 +20,41 @@ from rollout_server.trajectories.session import Session
 
 _URL = re.compile(r"/sessions/([^/]+)(/.*)?")
 SESSION = "rollout_session"  # in the ASGI scope: a `Live` or None
-_REMEMBERED = 16  # answers
+_TOKEN_BYTES = 96  # an id, a float, and their places in two lists
+SURFACE = "rollout_surface"  # there too: the prefix under which a dialect has the routes
 
 
 @dataclass
 class Live:
-    """An open session, its conversations, and its last answers for clients that ask again."""
+    """An open session and its conversations."""
 
     session: Session
     history: History = field(default_factory=History)
     accepted: Accepted = field(default_factory=Accepted)
-    answered: OrderedDict[bytes, Any] = field(default_factory=OrderedDict)
+    ending: Ending = field(default_factory=Ending)
 
-    def remember(self, name: bytes, answer: Any) -> None:
-        self.answered[name] = answer
-        while len(self.answered) > _REMEMBERED:
-            self.answered.popitem(last=False)
+    @property
+    def bytes(self) -> int:
+        """About what its record takes: tokens with their log-probabilities, and messages, of which
+        there are up to three forms."""
+        return _TOKEN_BYTES * self.session.tree.size + 3 * self.history.size
 
 
 class Sessions:
-    """Those that are open. Used from any thread."""
+    """Those that are open. Used from any thread.
 
-    def __init__(self, journal: Journal | None = None):
+    retries: their last answers, for clients that ask again.
+    """
+
+    def __init__(
+        self, journal: Journal | None = None, retry_bytes: int = 64 << 20,
+        session_bytes: int = 256 << 20,
+    ):  # fmt: skip
+        """retry_bytes, session_bytes: see `max_retry_bytes` and `max_session_bytes` of
+        `RolloutConfig`."""
         self._journal = journal or Journal()
+        self.session_bytes = session_bytes
+        self.retries = Retries(retry_bytes)
         self._lock = threading.Lock()
         self._by_id: dict[str, Live] = {}
         self._by_key: dict[bytes, Live] = {}
@@ -56,8 +68,11 @@ class Sessions:
 
     def remove(self, session: Session) -> None:
         with self._lock:
-            self._by_id.pop(session.id, None)
+            live = self._by_id.pop(session.id, None)
             self._by_key.pop(session.api_key.encode(), None)
+        if live is not None:
+            live.ending.happen()
+        self.retries.forget(session.id)
         self._journal.session_ended(session.number, len(session.tree.calls))
 
     def of_url(self, name: str) -> Live | None:
@@ -72,7 +87,8 @@ class Sessions:
 
 
 class Owner:
-    """401 unless the request has a key, or a URL, that is the server's or an open session's.
+    """401 unless the request has a key, or a URL, that is the server's or an open session's; 403
+    where a session's doesn't open the route.
 
     Takes the session's part off the path, and puts the session into the scope.
     """
@@ -105,9 +121,28 @@ class Owner:
                 return
             scope = {**scope, SESSION: session}
         if scope["path"].startswith(GEMINI):
+            scope = {**scope, SURFACE: GEMINI}
             _rewrite(scope, "/v1" + scope["path"].removeprefix(GEMINI))
         note(scope).session = session
-        await self._app(scope, receive, send)
+        if session is None:
+            await self._app(scope, receive, send)
+        elif (scope["method"], scope["path"]) in routes.GENERATES and self._full(session):
+            message = (
+                f"this session's record has about {session.bytes} bytes, and takes no more calls "
+                f"from max_session_bytes={self._sessions.session_bytes} on; end it and open another"
+            )
+            await send_error(send, 413, message, "invalid_request_error")
+        elif not _opens(scope["method"], scope["path"]):
+            message = (
+                f"a session's URL and key don't open {scope['path']}, but an agent's calls alone; "
+                "use the server's own URL and api_key"
+            )
+            await send_error(send, 403, message, "permission_error")
+        else:
+            await session.ending.serve(self._app, scope, receive, send)
+
+    def _full(self, live: Live) -> bool:
+        return live.bytes >= self._sessions.session_bytes
 
 
 class Rewards:
@@ -138,6 +173,11 @@ class Rewards:
             return
         session = live.session
         await send_json(send, {"reward": session.reward, "components": session.components})
+
+
+def _opens(method: str, path: str) -> bool:
+    """Whether a session may go on to a route; what there is no such route of is told further in."""
+    return routes.of_session(method, path) or not routes.known(method, path)
 
 
 def _rewrite(scope, path: str) -> None:

@@ -18,11 +18,12 @@ import itertools
 import json
 import secrets
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.completion import text_tokenizer
+from rollout_server.http.texts import Texts
 
 Message = dict[str, Any]
 # Renders messages as text, with or without the start of the next answer; None: can't be rendered.
@@ -30,6 +31,7 @@ Render = Callable[[Sequence[Message], bool], Awaitable[str | None]]
 
 _MARK = f"answer{secrets.token_hex(8)}"
 _CALL = {"value": _MARK}
+_FRAMES = 64  # of templates; tools are part of one
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ class Known:
 
 
 class Splicer:
-    """Splices prompts for one tokenizer, which must be its own: they aren't thread-safe."""
+    """Splices prompts for one tokenizer."""
 
-    def __init__(self, tokenizer: Any, ends: Iterable[int] = ()):
-        """ends: ids of the tokens that end an answer, besides the tokenizer's own."""
-        self._tokenizer = text_tokenizer(tokenizer)
+    def __init__(self, texts: Texts, ends: Iterable[int] = ()):
+        """texts: the tokenizer's; ends: ids of the tokens that end an answer, besides its own."""
+        self._texts = texts
+        self._tokenizer = texts.tokenizer
         self._ends = {*ends, self._tokenizer.eos_token_id}
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         special = [i for i, token in added.items() if token.special]
         self._special = {*self._ends, *self._tokenizer.all_special_ids, *special}
-        self._frames: dict[Any, _Frame] = {}
+        self._frames: OrderedDict[Any, _Frame] = OrderedDict()
 
     async def splice(
         self, messages: Sequence[Message], known: Known, render: Render, template: Any
@@ -71,12 +74,15 @@ class Splicer:
         tail = frame.from_ending(text.partition(_MARK)[2], messages[known.at])
         if tail is None:
             return None
-        new = self._encode(tail)
-        return [*known.prompt_ids, *known.ids, *new[self._said(known.ids, new, frame.ending) :]]
+        if self._texts.too_long(tail):
+            return None  # all of it is then, too
+        new = await self._texts.encode(tail)
+        return [*known.prompt_ids, *known.ids, *new[self._said(known.ids, new, frame.ended) :]]
 
-    def _said(self, ids: Sequence[int], new: list[int], ending: str | None) -> int:
-        """How many of the new tokens the sampled ones end with, or with others in their place."""
-        ended = self._encode(ending) if ending else []
+    def _said(self, ids: Sequence[int], new: list[int], ended: Sequence[int]) -> int:
+        """How many of the new tokens the sampled ones end with, or with others in their place.
+
+        ended: those of the template's ending."""
         for count in range(min(max(len(ended), 1), len(ids)), 0, -1):
             if list(ids[-count:]) == new[:count]:
                 return count
@@ -101,7 +107,7 @@ class Splicer:
         text, ending = await render(_all_marked(messages[: known.at]), True), frame.ending
         if text is None or not ending:
             return False
-        seen = _plain(self._decode(known.prompt_ids or known.ids))
+        seen = _plain(await self._texts.decode(known.prompt_ids or known.ids))
         first, *others = text.split(_MARK)
         answers = [m for m in messages[: known.at] if _is_answer(m)]
         marks = [2 if m.get("tool_calls") else 1 for m in answers]
@@ -119,12 +125,16 @@ class Splicer:
         if known.prompt_ids:
             if answer:
                 return False
-            answer = _plain(self._decode(known.ids))
+            answer = _plain(await self._texts.decode(known.ids))
         return self._says(answer, messages[known.at], ending)
 
     def _says(self, text: str, answer: Message, ending: str) -> bool:
         """Whether an answer's message is what its text says, reasoning and white space apart."""
-        text = text.removesuffix(_plain(ending)).rpartition("</think>")[2]
+        text = text.removesuffix(_plain(ending))
+        thought = answer.get("reasoning") or answer.get("reasoning_content")
+        if thought and "</think>" not in text:  # cut off in its reasoning
+            text = text.removeprefix("<think>").removeprefix(_plain(thought))
+        text = text.rpartition("</think>")[2]
         content, calls = _plain(text_of(answer.get("content"))), answer.get("tool_calls")
         content = content.rpartition("</think>")[2]
         for special in self._tokenizer.all_special_tokens:
@@ -135,7 +145,8 @@ class Splicer:
         return text.startswith(content) and all(name in text for name in names)
 
     async def _frame(self, render: Render, template: Any) -> "_Frame":
-        if template not in self._frames:
+        frame = self._frames.pop(template, None)
+        if frame is None:
             answer = {"role": "assistant", "content": "?"}
             call = {"id": "call00000", "type": "function", "function": {"name": "f"}}
             texts = []
@@ -144,36 +155,33 @@ class Splicer:
                 single = text is not None and text.count(_MARK) == 1
                 texts.append(text.partition(_MARK)[2] if single else None)
             ending, after_call = texts
-            self._frames[template] = _Frame(ending, self._closing(after_call, ending))
-        return self._frames[template]
+            ended = await self._texts.encode(ending) if ending else []
+            frame = _Frame(ending, await self._closing(after_call, ending), tuple(ended))
+        self._frames[template] = frame  # the latest
+        while len(self._frames) > _FRAMES:
+            self._frames.popitem(last=False)
+        return frame
 
-    def _closing(self, after_call: str | None, ending: str | None) -> str | None:
+    async def _closing(self, after_call: str | None, ending: str | None) -> str | None:
         """Of what follows a call's arguments, that which isn't the end of the turn."""
         if after_call is None:
             return None
         if ending is not None and after_call.endswith(ending):
             return after_call[: len(after_call) - len(ending)]
         # A turn that ends in a call ends in another way.
-        special = [i for i in self._encode(after_call) if i in self._special]
+        special = [i for i in await self._texts.encode(after_call) if i in self._special]
         end = self._tokenizer.convert_ids_to_tokens(special[-1]) if special else None
         return after_call[: after_call.rfind(end)] if end and end in after_call else None
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
 
 
 @dataclass(frozen=True)
 class _Frame:
     """What a template puts after an answer, such as "<|im_end|>\\n", and between the arguments of
-    its last tool call and that; None where it can't be told."""
+    its last tool call and that; None where it can't be told. ended: the tokens of `ending`."""
 
     ending: str | None
     closing: str | None
+    ended: Sequence[int] = ()
 
     def from_ending(self, tail: str, answer: Message) -> str | None:
         """What follows the marker, from the end of the turn on: a tool call is closed before."""

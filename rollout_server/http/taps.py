@@ -7,24 +7,36 @@ through one method of its client. That of chat completions is given whole conver
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollout_server.engine import compat
-from rollout_server.http.calls import Start, current
+from rollout_server.http.calls import Call, Start, current
+from rollout_server.http.reasoning import Openings, tap_parsers
 from rollout_server.http.splice import Message, Splicer
+from rollout_server.http.texts import Texts
+from rollout_server.http.tokens import BadRequest
+
+log = logging.getLogger("rollout_server")
+_NOT_TAKEN_APART = (
+    "a turn was rendered afresh, so its prompt doesn't hold the tokens that were sampled before, "
+    "and it is a branch of its own. This is said once"
+)
 
 
-def tap(client: Any, chat: Any, tokenizer: Any) -> None:
+def tap(client: Any, state: Any, texts: Texts) -> None:
     """Have an `AsyncLLM` tell the `current` call what it renders and samples.
 
-    chat: vLLM's handler of chat completions; tokenizer: for this alone.
+    state: of vLLM's app; texts: of the policy's tokenizer.
     """
-    if chat is not None:
+    if (chat := state.openai_serving_chat) is not None:
         _tap_chat(chat)
     _tap_generate(client)
-    _tap_render(client.renderer, Splicer(tokenizer, _ends(client.model_config)))
+    openings = Openings(texts) if tap_parsers(state) else None
+    _tap_render(client.renderer, Splicer(texts, _ends(client.model_config)), openings)
 
 
 def _ends(model_config: Any) -> list[int]:
@@ -48,18 +60,25 @@ def _tap_chat(chat: Any) -> None:
 def _tap_generate(client: Any) -> None:
     generate = client.generate
 
-    async def tapped(prompt, sampling_params, request_id, **options):
+    def tapped(prompt, sampling_params, request_id, **options):
         call = current.get()
+        if call is not None and call.must_see and not call.seen:
+            # Said before an answer begins, which an error can't take back.
+            raise BadRequest(_unseen(client.model_config))
+        return outputs(call, prompt, sampling_params, request_id, options)
+
+    async def outputs(call, prompt, sampling_params, request_id, options):
         if call is None:
-            outputs = generate(prompt, sampling_params, request_id, **options)
+            steps = generate(prompt, sampling_params, request_id, **options)
         else:
             if call.with_logprobs and sampling_params.logprobs is None:
                 sampling_params.logprobs = 0
+            _tell_reasoning(call, prompt, sampling_params, options)
             start = Start(generate, client.model_config.max_model_len, request_id, options)
-            outputs = call.sampled(start, prompt, sampling_params)
+            steps = call.sampled(start, prompt, sampling_params)
         try:
-            async with contextlib.aclosing(outputs):
-                async for step in outputs:
+            async with contextlib.aclosing(steps):
+                async for step in steps:
                     yield step
         except compat.engine_death() as error:
             if call is not None:
@@ -69,10 +88,31 @@ def _tap_generate(client: Any) -> None:
     client.generate = tapped
 
 
-def _tap_render(renderer: Any, splicer: Splicer) -> None:
+def _unseen(model_config: Any) -> str:
+    kind = getattr(model_config.hf_config, "model_type", "this model")
+    return (
+        f"vLLM renders conversations of {kind} in a way of its own, in which tokens of earlier "
+        "answers have no place: sessions, and token ids in messages, can't be exact. Use "
+        "/v1/completions or /generate with token ids, or this route with neither"
+    )
+
+
+def _tell_reasoning(call: Call, prompt: Any, params: Any, options: dict[str, Any]) -> None:
+    """Whether a grammar holds from the first token on. Where vLLM doesn't say, the engine would
+    look for it in the whole prompt."""
+    if call.parser is None or params.structured_outputs is None or call.opening is None:
+        return
+    if options.get("reasoning_ended") is None:
+        options["reasoning_ended"] = call.parser.is_reasoning_end(prompt["prompt_token_ids"])
+
+
+def _tap_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> None:
     render, parse_is_tapped = renderer.render_messages_async, _tap_parse(renderer)
 
+    told = False
+
     async def tapped(messages, params):
+        nonlocal told
         call = current.get()
         if call is None:
             return await render(messages, params)
@@ -81,13 +121,11 @@ def _tap_render(renderer: Any, splicer: Splicer) -> None:
             call.rendered = messages if parse_is_tapped else _copies(messages)
             return await render(call.rendered, params)
 
-        known_before = call.earlier.messages
+        call.seen, known_before = True, call.earlier.messages
         call.messages = [*known_before, *map(_plain, messages[len(known_before) :])]
         call.template = _template(params)
         options = params.chat_template_kwargs
         known = call.known(call.messages, call.template)
-        if known is None or options.get("continue_final_message"):
-            return await rendered(call.messages, params)
         conversation = None
 
         async def text(messages, generation):
@@ -103,13 +141,18 @@ def _tap_render(renderer: Any, splicer: Splicer) -> None:
                 return None
             return prompt.get("prompt") if "multi_modal_data" not in prompt else None
 
-        goes_on = not call.carried or await splicer.goes_on(
-            call.messages, known, text, call.template
-        )
-        if goes_on:
+        goes_on = options.get("continue_final_message")
+        if openings is not None and not goes_on:
+            call.opening = await openings.after(call.messages, text, call.template)
+        if known is None or goes_on:
+            return await rendered(call.messages, params)
+        if not call.carried or await splicer.goes_on(call.messages, known, text, call.template):
             ids = await splicer.splice(call.messages, known, text, call.template)
             if ids is not None:
                 return conversation, {"prompt_token_ids": ids}
+            if not told:
+                told = True
+                log.warning("the chat template can't be taken apart: %s", _NOT_TAKEN_APART)
         return await rendered(call.messages, params)
 
     renderer.render_messages_async = tapped
@@ -142,10 +185,11 @@ def _tap_parse(renderer: Any) -> bool:
     return True
 
 
-def _template(params: Any) -> Any:
-    """What a template renders with besides messages, as a key."""
+def _template(params: Any) -> bytes:
+    """What a template renders with besides messages, as a key: a hash, for tools can be long."""
     options = {k: v for k, v in params.chat_template_kwargs.items() if k not in _NOT_OF_HISTORY}
-    return params.chat_template, repr(sorted(options.items(), key=lambda item: item[0]))
+    key = params.chat_template, sorted(options.items(), key=lambda item: item[0])
+    return hashlib.blake2b(repr(key).encode(errors="replace"), digest_size=16).digest()
 
 
 _NOT_OF_HISTORY = ("add_generation_prompt", "continue_final_message", "tokenize")

@@ -6,8 +6,9 @@ takes. It is handed the messages alone that it hasn't checked before (see accept
 
 from rollout_server.http.accepted import Earlier
 from rollout_server.http.answers import CHAT
+from rollout_server.http.body import apart
 from rollout_server.http.calls import Call, current
-from rollout_server.http.intake import BODY, REQUEST
+from rollout_server.http.intake import BODY, REQUEST, SIZE
 from rollout_server.http.sessions import SESSION
 
 
@@ -23,10 +24,10 @@ class Turns:
             await self._app(scope, receive, send)
             return
         call, messages = current.get(), request.get("messages")
-        call.earlier = live.accepted.find(messages)
+        call.earlier = await apart(scope[SIZE], live.accepted.find, messages)
         if not call.earlier.messages or not await self._answered(scope, receive, send, call):
             await self._app(scope, receive, send)
-        live.accepted.add(messages, call.messages, call.earlier)
+        await apart(scope[SIZE], live.accepted.add, messages, call.messages, call.earlier)
 
     async def _answered(self, scope, receive, send, call: Call) -> bool:
         """Have the cut request answered. If vLLM refuses it, the whole one shall be: what is told

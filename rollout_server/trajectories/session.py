@@ -143,7 +143,8 @@ class Session:
         return self._ended
 
     def end(self) -> None:
-        """Take no more calls (they get 401); what was recorded stays. Any number of times."""
+        """Take no more calls (they get 401), and end those that wait or run; what was recorded
+        stays. Any number of times."""
         with self._lock:
             first, self._ended = not self._ended, True
         if first:

@@ -15,7 +15,7 @@ import rollout_server.engine.loader  # noqa: F401 - vLLM imports this module bef
 from rollout_server.engine.adapter import AdapterSlot
 from rollout_server.engine.copying import Copier
 from rollout_server.engine.plan import Message, Plan
-from rollout_server.engine.storages import flat, storages
+from rollout_server.engine.storages import flat, identity, storages
 from rollout_server.weights.transport import Importer, Opened, place
 
 
@@ -47,8 +47,6 @@ class WeightReceiver:
         model = self.get_model()
         plan = getattr(model, "rollout_plan", None)
         repacked = [] if plan is None else _repacked(model, plan)
-        if plan is not None:
-            plan.obstacles += repacked
         usable = plan is not None and plan.usable
         shared = getattr(model, "rollout_shared", False)
         return {
@@ -59,7 +57,7 @@ class WeightReceiver:
             "refused": getattr(model, "rollout_refusal", ""),
             "unshareable": getattr(model, "rollout_unshareable", ""),
             "repacked": repacked,
-            "obstacles": plan.obstacles if plan else ["engine_args chose another load_format"],
+            "obstacles": plan.obstacles if plan else [],
             "splittable": sorted(plan.splittable()) if usable else [],
             "dtypes": plan.dtypes() if usable else {},
         }
@@ -82,9 +80,13 @@ class WeightReceiver:
 
     @_failing_as_text
     def rollout_compare(self, message: Message) -> dict:
-        """{"mismatched": names} of the tensors in one part that differ from the model's."""
-        plan = self.get_model().rollout_plan
-        return {"mismatched": plan.mismatched(self._rollout_open(message).pieces)}
+        """{"mismatched": names} of the tensors in one part that differ from the model's; of those
+        that it holds as they are."""
+        model = self.get_model()
+        plan, pieces = model.rollout_plan, self._rollout_open(message).pieces
+        if not plan.usable:
+            pieces = plan.comparable(pieces, model)
+        return {"mismatched": plan.mismatched(pieces)}
 
     @_failing_as_text
     def rollout_write_adapter(
@@ -119,10 +121,7 @@ class WeightReceiver:
         from rollout_server.engine import reload
 
         opened = self._rollout_open(message)
-        if layerwise:
-            reload.part(self, opened.pieces, first, last)
-        else:
-            self.get_model().load_weights((p.name, p.tensor) for p in opened.pieces)
+        reload.part(self, opened.pieces, first, last, layerwise)
         _finish_device_work()
         return {"bytes": opened.bytes, "tensors": len(opened.pieces)}
 
@@ -154,18 +153,26 @@ class WeightReceiver:
 
 
 def _repacked(model: torch.nn.Module, plan: Plan) -> list[str]:
-    """Obstacles that came after loading: vLLM has replaced or rearranged what was loaded."""
+    """Obstacles that came after loading: vLLM has replaced or rearranged what was loaded. They are
+    noted in the plan."""
     obstacles = [f"vLLM replaced {name} after loading it" for name in plan.stale(model)]
     for name, layer in model.named_modules():
         method = type(getattr(layer, "quant_method", None)).__name__
-        plain = method.startswith("Unquantized") and "MoE" not in method
+        plain = method.startswith("Unquantized") and ("MoE" not in method or _plain_experts(layer))
         if method != "NoneType" and not plain and any(True for _ in layer.parameters(False)):
             obstacles.append(f"vLLM may rearrange {name} after loading ({method})")
+            plan.rearranged |= {identity(p) for p in layer.parameters(recurse=False)}
         elif "MLA" in type(layer).__name__ and hasattr(layer, "process_weights_after_loading"):
             obstacles.append(
                 f"{name} ({type(layer).__name__}) computes weights from what is loaded"
             )
+    plan.obstacles += obstacles
     return obstacles
+
+
+def _plain_experts(layer: torch.nn.Module) -> bool:
+    kernel = getattr(layer.quant_method, "moe_kernel", None)
+    return getattr(getattr(kernel, "fused_experts", None), "rollout_plain", False)
 
 
 def _finish_device_work() -> None:

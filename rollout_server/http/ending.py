@@ -1,0 +1,70 @@
+"""The end of a session for its requests that wait or run: they end with it.
+
+To what serves them it is as if the client had gone away, which each part of it sees to already: a
+place at the gate or in the queue is left, and the engine's generation is freed. The client, which
+is still there, is told.
+"""
+
+import asyncio
+import contextlib
+import json
+
+from rollout_server.http.errors import send_error
+from rollout_server.race import Overtaken, unless
+
+_MESSAGE = "the session of this request has ended"
+_KIND = "authentication_error"  # as for one that comes later
+
+
+class Ending:
+    """Of one session. `happened`: it has ended."""
+
+    def __init__(self):
+        self.happened = False
+        self._told = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None  # once there was a request
+
+    def happen(self) -> None:
+        """From any thread."""
+        self.happened = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed runs no requests
+                self._loop.call_soon_threadsafe(self._told.set)
+
+    async def serve(self, app, scope, receive, send) -> None:
+        """Have `app` answer a request, until the end."""
+        self._loop = asyncio.get_running_loop()
+        if self.happened:  # before there was a loop to tell
+            self._told.set()
+        started = streams = whole = False
+
+        async def until_ended():
+            try:
+                return await unless(self._told.wait, receive())
+            except Overtaken:
+                return {"type": "http.disconnect"}
+
+        async def out(message):
+            nonlocal started, streams, whole
+            if self.happened and (streams or not started):
+                return
+            if message["type"] == "http.response.start":
+                kind = dict(message.get("headers", ())).get(b"content-type", b"")
+                started, streams = True, kind.startswith(b"text/event-stream")
+            else:
+                whole = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await app(scope, until_ended, out)
+        except Exception:
+            if not self.happened or (started and not streams):
+                raise
+        if not self.happened or whole:
+            return
+        if not started:
+            await send_error(send, 401, _MESSAGE, _KIND, {"www-authenticate": "Bearer"})
+        elif streams:  # as OpenAI's clients and Anthropic's read it
+            error = {"type": "error", "error": {"type": _KIND, "message": _MESSAGE}}
+            body = b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": body})
