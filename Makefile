@@ -19,11 +19,13 @@ setup: ## make .venv with everything (CPU)
 	@scripts/setup.sh
 
 # The warnings: TRL's about vLLM versions is for TRL's own engine, which isn't used here.
+# Bars, of loading a model and the like, are for terminals. Another seed: make demo SEED=1
 demo: export PYTHONWARNINGS := ignore::SyntaxWarning,ignore:TRL currently supports vLLM
 demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
+	if ! test -t 2; then export TQDM_DISABLE=1; fi; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} \
 	accelerate launch --config_file recipes/accelerate/cpu.yaml \
-		recipes/train.py --config recipes/training/demo.yaml
+		recipes/train.py --config recipes/training/demo.yaml $(if $(SEED),--seed $(SEED))
 
 test: setup ## all tests (those for a GPU are skipped without one)
 	python -m pytest -q tests
@@ -31,7 +33,7 @@ test: setup ## all tests (those for a GPU are skipped without one)
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests
 
-soak: setup ## faults and fuzzing, for long (ROLLOUT_FUZZ_CASES)
+soak: setup ## faults, fuzzing, memory, for long (ROLLOUT_FUZZ_CASES, ROLLOUT_SOAK_SESSIONS)
 	python -m pytest -q -s tests/soak
 
 bench: setup ## benchmarks, with their figures

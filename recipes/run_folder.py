@@ -1,4 +1,4 @@
-"""The record of a training run: a progress bar while it goes, and a folder that tells how it went.
+"""The record of a training run: its progress while it goes, and a folder that tells how it went.
 
     metrics.jsonl   every log of the trainer, one JSON object a line, written as it comes
     reward.png      mean reward of each step, and its moving average
@@ -10,6 +10,7 @@ Any key may be missing from the logs: what isn't there is left out.
 import json
 import platform
 import statistics
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,10 @@ PACKAGES = ("rollout_server", "trl", "transformers", "accelerate", "torch", "vll
 
 
 class RunFolder(TrainerCallback):
-    """Shows and records a run; does so on the main process only."""
+    """Shows and records a run; does so on the main process only.
+
+    On a terminal a bar is shown; elsewhere, as in a log of CI, a line for each log.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -49,7 +53,8 @@ class RunFolder(TrainerCallback):
         # A resumed run goes on with its file; a new one starts it anew.
         mode = "a" if state.global_step else "w"
         self._file = (self.folder / "metrics.jsonl").open(mode, encoding="utf-8")
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
         self._started = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -63,7 +68,13 @@ class RunFolder(TrainerCallback):
         self.logs.append(entry)
         self._file.write(json.dumps(entry, default=float) + "\n")
         self._file.flush()
-        self._bar.set_postfix(bar_fields(entry))
+        shown = shown_fields(entry)
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        elif shown:
+            told = ", ".join(f"{name} {value}" for name, value in shown.items())
+            line = f"step {state.global_step}/{state.max_steps}, {entry['seconds']:.0f} s: {told}"
+            print(line, file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._bar is not None:
@@ -72,9 +83,10 @@ class RunFolder(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._file is None:
             return
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._file.close()
-        self._file = None
+        self._bar = self._file = None
         figures = summarize(self.logs)
         (self.folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
         (self.folder / "summary.md").write_text(as_markdown(figures))
@@ -91,8 +103,8 @@ def series(logs: list[dict], key: str) -> list[tuple[int, float]]:
     ]
 
 
-def bar_fields(entry: dict) -> dict[str, str]:
-    """What the progress bar shows of a log."""
+def shown_fields(entry: dict) -> dict[str, str]:
+    """What is shown of a log while the run goes."""
     shown = {
         "reward": ("reward", ".3f"),
         "tokens/s": ("rollout/tokens_per_second", ".0f"),

@@ -2,13 +2,15 @@
 
 A task turns entries of a reasoning-gym dataset into short prompts with one exact number as the
 answer. The same seed gives the same dataset. Entry i of seed s is drawn from s + i, so a held-out
-set needs a seed that lies past the training set's end, not the next one.
+set needs a seed that lies past the training set's end (ten times its size, where a task leaves
+entries out), not the next one.
 
 The reward is 1 when the last number of the completion equals the answer, else 0. Restating the sum
 ("2 + 3 = 5") is therefore as good as the bare number, listing several numbers gains nothing, and
 neither length nor style is scored.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any
 from datasets import Dataset
 
 SYSTEM_PROMPT = "Answer with the number only."
+_MOST = 10  # entries that are drawn for each that is kept
 
 # A sign belongs to a number unless it stands right after a digit or a letter ("5-3" ends in 3).
 NUMBER = re.compile(r"(?:(?<![\w.)])[-−])?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -25,10 +28,15 @@ NUMBER = re.compile(r"(?:(?<![\w.)])[-−])?\d+(?:,\d{3})*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Task:
-    """A reasoning-gym dataset with numbers as answers, and how its entries are asked."""
+    """A reasoning-gym dataset with numbers as answers, and how its entries are asked.
+
+    dataset: its name, if it isn't the task's; keep: which of its entries are asked, if not all.
+    """
 
     question: Callable[[dict], str]
     options: dict[str, Any] = field(default_factory=dict)
+    dataset: str | None = None
+    keep: Callable[[dict], bool] = lambda entry: True
 
 
 def _expression(entry: dict) -> str:
@@ -42,6 +50,20 @@ def _gcd(entry: dict) -> str:
 
 
 TASKS = {
+    # Single digits whose sum is one too: SmolLM2-135M knows these, and few with two digits.
+    "sums": Task(
+        _expression,
+        {
+            "min_terms": 2,
+            "max_terms": 2,
+            "min_digits": 1,
+            "max_digits": 1,
+            "operators": ["+"],
+            "allow_parentheses": False,
+        },
+        dataset="basic_arithmetic",
+        keep=lambda entry: len(entry["answer"]) == 1,
+    ),
     "chain_sum": Task(
         _expression, {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     ),
@@ -73,9 +95,16 @@ def make_dataset(
         task = TASKS[name]
     except KeyError:
         raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}") from None
-    entries = reasoning_gym.create_dataset(
-        name, size=size, seed=seed, **{**task.options, **(options or {})}
+    # There are always more: an entry is drawn when it is asked for.
+    drawn = reasoning_gym.create_dataset(
+        task.dataset or name, size=_MOST * size, seed=seed, **{**task.options, **(options or {})}
     )
+    entries = [*itertools.islice(filter(task.keep, drawn), size)]
+    if len(entries) < size:
+        raise ValueError(
+            f"of {_MOST * size} entries of {name!r} with {options}, {len(entries)} are fit to be "
+            f"asked, and {size} were to be drawn; give other task_options"
+        )
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return Dataset.from_list(
         [
