@@ -1,12 +1,15 @@
 """Killing a trainer, and looking for what it leaves behind."""
 
 import contextlib
+import fcntl
 import getpass
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from pathlib import Path
@@ -16,15 +19,21 @@ import psutil
 
 SCRIPT = Path(__file__).parent / "trainers" / "cycling.py"
 _MARK = "ROLLOUT_SERVER_TEST"
+CLOSED = "its window is closed"
+
+
+def _take_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Doomed:
     """A trainer in a process of its own; `folder` is its temporary folder, empty before and after.
 
     output: the lines that it has printed go there.
+    window: with a terminal, the end of it that the user has.
     """
 
-    def __init__(self, model_folder, folder, colocate="sleep"):
+    def __init__(self, model_folder, folder, colocate="sleep", launcher=(), terminal=False):
         self.mark = uuid.uuid4().hex
         self.folder = Path(folder)
         self._cache = self.folder / f"torchinductor_{getpass.getuser()}"
@@ -32,10 +41,14 @@ class Doomed:
         self._shared = set()
         env = os.environ | {"TMPDIR": str(folder), _MARK: self.mark}
         with open(self.output, "w") as out, open(self.folder.with_suffix(".err"), "w") as err:
+            self.window, inside = pty.openpty() if terminal else (None, None)
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(model_folder), colocate], stdout=out, stderr=err,
-                env=env,
+                [sys.executable, *launcher, str(SCRIPT), str(model_folder), colocate],
+                stdin=inside, stdout=out, stderr=err, env=env, start_new_session=terminal,
+                preexec_fn=_take_terminal if terminal else None,
             )  # fmt: skip
+            if terminal:
+                os.close(inside)
 
     def wait_for(self, text, seconds=300):
         until = time.monotonic() + seconds
@@ -50,7 +63,10 @@ class Doomed:
             with contextlib.suppress(psutil.Error):
                 self._shared |= {m.path for m in process.memory_maps() if "/dev/shm/" in m.path}
         started = time.monotonic()
-        self.process.send_signal(how)
+        if how is CLOSED:
+            os.close(self.window)
+        else:
+            self.process.send_signal(how)
         self.process.wait(30)
         while (left := self.left()) and time.monotonic() - started < 5:
             time.sleep(0.05)
@@ -58,8 +74,9 @@ class Doomed:
 
     def left(self):
         found = [f"process {p.pid}: {' '.join(p.cmdline())[:200]}" for p in self._processes()]
-        # torch's cache of what it compiled is meant to stay.
-        files = [p for p in self.folder.rglob("*") if not p.is_relative_to(self._cache)]
+        # torch's cache of what it compiled is meant to stay, torchrun's folder is its own.
+        kept = (self._cache, *self.folder.glob("torchelastic_*"))
+        files = [p for p in self.folder.rglob("*") if not any(map(p.is_relative_to, kept))]
         found += [f"file {path}" for path in files]
         found += [path for path in self._shared if os.path.exists(path)]
         for line in self.output.read_text().splitlines():

@@ -1,10 +1,51 @@
 """What several test files use, besides the fixtures."""
 
+import asyncio
 import statistics
+import time
 
 import torch
 
 MIB = 1 << 20
+
+
+def eventually(condition, within=30.0):
+    """What `condition()` gives, once that is true; fails if it isn't `within` so many seconds."""
+    until = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < until, f"not within {within:g} s: {_told(condition)}"
+        time.sleep(0.002)
+    return found
+
+
+async def soon(condition, within=30.0):
+    """`eventually`, for a condition that this loop's own tasks bring about."""
+    until = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < until, f"not within {within:g} s: {_told(condition)}"
+        await asyncio.sleep(0.002)
+    return found
+
+
+def _told(condition):
+    code = condition.__code__
+    return f"{code.co_name} in {code.co_filename}, line {code.co_firstlineno}"
+
+
+def held(server):
+    """How many requests wait at the server's gate."""
+    return server.metrics()["rollout_server_gate_held_requests"]
+
+
+def running(server, but=()):
+    """vLLM's states of what the engine generates."""
+    states = server._engine.client.output_processor.request_states
+    return [state for state in list(states.values()) if state not in but]
+
+
+def under_way(server, but=()):
+    """Of those `running`, the ones that have a token."""
+    return [state for state in running(server, but) if state.stats.num_generation_tokens]
 
 
 def greedy(server, prompt_ids, tokens=12):

@@ -19,6 +19,12 @@ _OURS = {
         "sampling_params": {"type": "object", "properties": {
             "temperature": {"type": "number"}, "max_new_tokens": {"type": "integer", "maximum": 4},
             "stop": {"type": "array", "items": {"type": "string"}}}}}},
+    "/": {"type": "object", "properties": {
+        "inputs": {"type": "string"}, "stream": {"type": "boolean"},
+        "parameters": {"type": "object", "properties": {
+            "temperature": {"type": "number"}, "details": {"type": "boolean"},
+            "max_new_tokens": {"type": "integer", "maximum": 4},
+            "truncate": {"type": "integer"}, "do_sample": {"type": "boolean"}}}}},
     "/v1/reward": {"type": "object", "properties": {
         "reward": {"type": "number"}, "components": {
             "type": "object", "additionalProperties": {"type": "number"}}}},

@@ -1,8 +1,10 @@
 """Real clients in sessions, and what a sync or a sleep does to their conversations."""
 
 import asyncio
+import io
 import itertools
 import json
+import logging
 import os
 import re
 import threading
@@ -15,6 +17,7 @@ import httpx
 import huggingface_hub
 import openai
 import pytest
+from support import held, soon
 from test_agents import converse, sampled
 
 
@@ -78,6 +81,13 @@ def test_hugging_faces_client(server, monkeypatch):
         assert goes_on(session)
 
 
+def test_defaults_of_hugging_faces_client_outside_sessions(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    client = huggingface_hub.InferenceClient(base_url=server.base_url, api_key=server.api_key)
+    answer = client.chat_completion([{"role": "user", "content": "Hi."}], max_tokens=4)
+    assert answer.usage.completion_tokens <= 4
+
+
 def test_geminis_openai_surface(server):
     with server.session() as session:
         root = session.base_url.removesuffix("/v1")
@@ -92,6 +102,28 @@ def test_geminis_openai_surface(server):
                 )  # fmt: skip
                 messages.append(answer.choices[0].message.model_dump(exclude_none=True))
             assert goes_on(session)
+
+
+def test_a_tool_call_that_is_cut_off_prints_nothing(server, monkeypatch):
+    """vLLM's parser of tool calls logs such a one with its traceback."""
+    printed = io.StringIO()
+    # Not pytest's own, which it adds to loggers that don't propagate.
+    terminal = [h for h in logging.getLogger("vllm").handlers if type(h) is logging.StreamHandler]
+    for handler in terminal:
+        monkeypatch.setattr(handler, "stream", printed)
+    assert terminal
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    grammar = {"structured_outputs": {"regex": CALL}}
+    with server.openai() as client:
+        for most in (1, 8, 14):
+            for stream in (False, True):
+                answer = client.chat.completions.create(
+                    model="policy", messages=HELLO, tools=[tool], max_tokens=most, stream=stream,
+                    extra_body=grammar,
+                )  # fmt: skip
+                if stream:
+                    list(answer)
+    assert "Traceback" not in printed.getvalue()
 
 
 def test_sglangs_generate(server):
@@ -227,8 +259,7 @@ async def test_requests_that_are_held_over_a_sleep_are_answered_once(server):
 
     await asyncio.to_thread(server.sleep)
     asked = [asyncio.ensure_future(ask(clients[i % 20], f"Question {i}")) for i in range(500)]
-    while server.metrics()["rollout_server_gate_held_requests"] < 500:
-        await asyncio.sleep(0.05)
+    await soon(lambda: held(server) == 500, within=60)
     assert not any(task.done() for task in asked)
     await asyncio.to_thread(server.wake)
     answers = await asyncio.wait_for(asyncio.gather(*asked), 120)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support import MIB, greedy, trainer_logprobs
+from support import MIB, eventually, greedy, trainer_logprobs, under_way
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout_server.engine.compat as compat
@@ -216,7 +216,8 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
         long = {"max_tokens": 200, "ignore_eos": True}
         thread = threading.Thread(target=lambda: results.extend(server.generate([5, 6], long)))
         thread.start()
-        time.sleep(0.2)
+        eventually(lambda: under_way(server))
+        assert not results
         server.sleep()
         thread.join(5)
         assert results[0].versions == [(version, 0, 200)]

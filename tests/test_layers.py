@@ -1,15 +1,21 @@
 """The layers in front of vLLM's app, over a small app of the tests' own."""
 
 import asyncio
+import io
 import json
+import logging
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from support import soon
 
+from rollout_server.http import taps
 from rollout_server.http.app import layered
 from rollout_server.http.calls import Generation, Sample, current
 from rollout_server.http.gate import Gate
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.texts import Texts
 from rollout_server.trajectories.session import Session
 
 KEY = "key-of-the-tests"
@@ -32,11 +38,12 @@ class Answers:
         await send({"type": "http.response.body", "body": b""})
 
 
-def client(app, gate=None, version=lambda: 7, key=KEY):
+def client(app, gate=None, version=lambda: 7, key=KEY, sessions=None):
     if gate is None:
         gate = Gate(hold_timeout=5)
         gate.open()
-    served = layered(app, KEY, gate, version, Sessions(), ["policy"], 100, {})
+    sessions = sessions or Sessions()
+    served = layered(app, KEY, gate, version, sessions, ["policy", "base/model"], 100, {})
     transport = httpx.ASGITransport(app=served)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
@@ -113,8 +120,8 @@ async def test_only_known_routes_reach_the_app():
 async def test_requests_wait_at_the_gate_and_the_others_do_not():
     gate, app = Gate(hold_timeout=5), Answers([b"{}"])
     waiting = [asyncio.ensure_future(client(app, gate).post("/v1/responses")) for _ in range(3)]
-    await asyncio.sleep(0.05)
-    assert gate.held == 3 and app.calls == 0
+    await soon(lambda: gate.held == 3)
+    assert app.calls == 0
     assert (await client(app, gate).get("/v1/models")).status_code == 200
     gate.open()
     assert [r.status_code for r in await asyncio.gather(*waiting)] == [200] * 3
@@ -122,19 +129,23 @@ async def test_requests_wait_at_the_gate_and_the_others_do_not():
 
 
 async def test_who_waits_too_long_is_told_to_come_back():
-    answer = await client(Answers([b"{}"]), Gate(hold_timeout=0.05)).post("/v1/completions")
+    gate, app = Gate(hold_timeout=0.05), Answers([b"{}"])
+    answer = await client(app, gate).post("/v1/completions")
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
+    assert (gate.held, app.calls) == (0, 0)
 
 
 async def test_a_gate_that_is_shut_says_why():
-    gate = Gate(hold_timeout=5)
-    waiting = asyncio.ensure_future(client(Answers([b"{}"]), gate).post("/v1/completions"))
-    await asyncio.sleep(0.05)
+    gate, app = Gate(hold_timeout=5), Answers([b"{}"])
+    waiting = asyncio.ensure_future(client(app, gate).post("/v1/completions"))
+    await soon(lambda: gate.held == 1)
     gate.shut("the server is closed")
-    answer = await waiting
-    assert answer.status_code == 503
-    assert "the server is closed" in answer.json()["error"]["message"]
+    late = client(app, gate).post("/v1/completions")
+    for answer in await asyncio.gather(waiting, late):
+        assert answer.status_code == 503
+        assert "the server is closed" in answer.json()["error"]["message"]
+    assert app.calls == 0
 
 
 async def test_a_streams_end_is_recorded_before_it_is_told():
@@ -167,3 +178,162 @@ async def test_a_streams_end_is_recorded_before_it_is_told():
     await layered(app, KEY, gate, lambda: 7, sessions, ["policy"], 100, {})(scope, receive, send)
     assert [count for _, count in recorded] == [0, 0, 1, 1]
     assert b"length" in recorded[2][0]
+
+
+class Asked:
+    """An ASGI app that says which model it was asked for."""
+
+    async def __call__(self, scope, receive, send):
+        body = (await receive())["body"]
+        await Answers([json.dumps({"asked": json.loads(body)["model"]}).encode()])(
+            scope, receive, send
+        )
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/v1/chat/completions", "dummy"),
+        ("/v1/chat/completions", "tgi"),
+        ("/v1/chat/completions", "gpt-5.6-luna"),
+        ("/v1/responses", "gpt-4.1"),
+        ("/v1/messages", "claude-sonnet-4-5-20250929"),
+        ("/v1/messages/count_tokens", "claude-opus-4-1"),
+        ("/v1beta/openai/chat/completions", "gemini-2.5-flash"),
+        ("/v1beta/openai/chat/completions", "models/gemini-2.5-pro"),
+        ("/v1/completions", "base/model"),
+    ],
+)
+async def test_names_that_a_dialects_clients_send_unasked_are_the_policys(path, name):
+    answer = await client(Asked()).post(path, json={"model": name})
+    assert answer.json()["asked"] == ("policy" if name != "base/model" else name)
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/v1/chat/completions", "gemini-2.5-flash"),
+        ("/v1/chat/completions", "claude-sonnet-4-5"),
+        ("/v1/chat/completions", "polcy"),
+        ("/v1/completions", "dummy"),
+        ("/v1/messages", "gpt-4.1"),
+        ("/v1beta/openai/chat/completions", "dummy"),
+        ("/tokenize", "gpt-4.1"),
+    ],
+)
+async def test_other_names_are_refused_with_those_that_are_right(path, name):
+    answer = await client(Asked()).post(path, json={"model": name})
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "model"
+    message = answer.json()["error"]["message"]
+    assert all(repr(known) in message for known in (name, "policy", "base/model"))
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What vLLM prints to where it has its handlers print."""
+    printed = io.StringIO()
+    logger = logging.getLogger("vllm")
+    handlers = [logging.StreamHandler(printed), logging.StreamHandler(io.StringIO())]
+    monkeypatch.setattr(logger, "handlers", handlers)
+    monkeypatch.setattr(logger, "propagate", False)
+    return printed
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+async def test_tracebacks_of_requests_go_to_our_log(terminal, caplog, status):
+    logger = logging.getLogger("vllm.tool_parsers.some")
+
+    def work():
+        try:
+            json.loads('{"cut": ')
+        except ValueError:
+            logger.exception("Error in extracting tool call from response.")
+
+    async def app(scope, receive, send):
+        work()
+        await asyncio.get_running_loop().run_in_executor(None, work)  # knows no request
+        logger.warning("Something that the user should know.")
+        await Answers([b"{}"], status=status)(scope, receive, send)
+
+    with caplog.at_level(logging.DEBUG, "rollout_server"):
+        answer = await client(app).post("/v1/chat/completions", json={})
+    assert answer.status_code == status
+    assert terminal.getvalue() == "Something that the user should know.\n"
+    ours = [r for r in caplog.records if r.name.startswith("rollout_server")]
+    assert [r.levelname for r in ours] == ["DEBUG", "ERROR" if status == 500 else "DEBUG"]
+    assert all("extracting tool call" in r.message for r in ours)
+    assert all("JSONDecodeError" in r.exc_text for r in ours)
+
+
+async def test_what_vllm_logs_of_no_request_is_left_alone(terminal):
+    client(Answers([b"{}"]))
+    logging.getLogger("vllm.v1.engine").error("The engine is gone.")
+    assert "The engine is gone." in terminal.getvalue()
+
+
+class Engine:
+    """As much of vLLM's client as is tapped, for a model whose conversations vLLM renders without
+    the method that is tapped."""
+
+    def __init__(self):
+        config = SimpleNamespace(model_type="gpt_oss")
+        self.model_config = SimpleNamespace(
+            hf_config=config, max_model_len=100, try_get_generation_config=dict
+        )
+        self.renderer = SimpleNamespace(render_messages_async=None)
+        self.started = 0
+
+    async def generate(self, prompt, params, request_id, **options):
+        self.started += 1
+        yield SimpleNamespace(prompt_token_ids=[1], outputs=[], finished=True)
+
+
+TOLD = [
+    {"role": "user", "content": "Hi."},
+    {
+        "role": "assistant", "content": "Yes.", "prompt_token_ids": [1],
+        "generation_token_ids": [2], "generation_log_probs": [-1.0],
+    },
+    {"role": "user", "content": "And?"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path, body, in_session, refused",
+    [
+        ("/v1/chat/completions", {}, True, True),
+        ("/v1/responses", {}, True, True),
+        ("/v1/messages", {"stream": True}, True, True),
+        ("/v1/completions", {}, True, False),
+        ("/generate", {}, True, False),
+        ("/v1/chat/completions", {}, False, False),
+        ("/v1/chat/completions", {"messages": TOLD}, False, True),
+        ("/v1/chat/completions",
+         {"messages": [*TOLD[:1], {"role": "assistant", "content": "Yes."}],
+          "required_prefix_token_ids": [1, 2]}, False, True),
+    ],
+)  # fmt: skip
+async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
+    tokenizer, path, body, in_session, refused
+):
+    engine, sessions = Engine(), Sessions()
+    state = SimpleNamespace(openai_serving_chat=None, _state={})
+    taps.tap(engine, state, Texts(tokenizer))
+    session = Session("http://server/v1", (None, None), sessions.remove, {})
+    sessions.add(session)
+
+    async def app(scope, receive, send):
+        params = SimpleNamespace(
+            logprobs=0, structured_outputs=None, output_kind=SimpleNamespace(name="DELTA")
+        )
+        async for _ in engine.generate({}, params, "id"):
+            pass
+        await Answers([b"{}"])(scope, receive, send)
+
+    key = session.api_key if in_session else KEY
+    answer = await client(app, sessions=sessions, key=key).post(path, json=body)
+    assert engine.started == (not refused)
+    assert answer.status_code == (400 if refused else 200)
+    if refused:
+        assert "gpt_oss" in answer.json()["error"]["message"]
+        assert not session.tree.calls

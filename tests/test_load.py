@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from support import held, soon
 
 from rollout_server.http.admission import Admission
 from rollout_server.http.app import layered
@@ -128,18 +129,16 @@ def asking(small, client, **options):
     return asyncio.ensure_future(client.post(url, json={}, headers=HEADERS, **options))
 
 
-async def until(true, seconds=5.0):
-    async with asyncio.timeout(seconds):
-        while not true():
-            await asyncio.sleep(0.01)
+def queued(small):
+    return small.gate.metrics.values()["rollout_server_queued_requests"]
 
 
 async def test_so_many_run_so_many_wait_and_the_others_are_told_to_come_back(small):
     async with httpx.AsyncClient() as client:
         running = [asking(small, client) for _ in range(3)]
-        await until(lambda: small.app.running == 3)
+        await soon(lambda: small.app.running == 3)
         waiting = [asking(small, client) for _ in range(4)]
-        await asyncio.sleep(0.1)
+        await soon(lambda: queued(small) == 4)
         late = await asking(small, client)
         assert late.status_code == 503 and int(late.headers["retry-after"]) >= 1
         assert "4 requests wait" in late.json()["error"]["message"]
@@ -154,7 +153,7 @@ async def test_requests_that_are_held_are_counted_apart_from_those_that_run(smal
     small.app.go.set()
     async with httpx.AsyncClient() as client:
         held = [asking(small, client) for _ in range(4)]
-        await until(lambda: small.gate.held == 4)
+        await soon(lambda: small.gate.held == 4)
         assert (await asking(small, client)).status_code == 503
         assert small.app.running == 0
         small.gate.open()
@@ -166,11 +165,11 @@ async def test_who_goes_away_waits_no_longer(small):
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ReadTimeout):
             await asking(small, client, timeout=0.2)
-        await until(lambda: small.gate.held == 0)
+        await soon(lambda: small.gate.held == 0)
         for _ in range(3):
             asking(small, client)
         small.gate.open()
-        await until(lambda: small.app.running == 3)
+        await soon(lambda: small.app.running == 3)
         with pytest.raises(httpx.ReadTimeout):  # waits for its turn
             await asking(small, client, timeout=0.2)
         small.app.go.set()
@@ -180,13 +179,13 @@ async def test_who_goes_away_waits_no_longer(small):
 async def test_a_gate_that_closes_meanwhile_holds_who_waited_for_a_turn(small):
     async with httpx.AsyncClient() as client:
         running = [asking(small, client) for _ in range(3)]
-        await until(lambda: small.app.running == 3)
+        await soon(lambda: small.app.running == 3)
         waiting = asking(small, client)
-        await asyncio.sleep(0.1)
+        await soon(lambda: queued(small) == 1)
         small.gate.close()
         small.app.go.set()
         await asyncio.gather(*running)
-        await until(lambda: small.gate.held == 1)
+        await soon(lambda: small.gate.held == 1)
         assert not waiting.done()
         small.gate.open()
         assert (await waiting).status_code == 200
@@ -199,7 +198,7 @@ async def test_connections_past_their_number_are_told_to_come_back(small):
     assert answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer
     for _, other in [*held, (reader, writer)]:
         other.close()
-    await until(lambda: not small.listener._server.server_state.connections)
+    await soon(lambda: not small.listener._server.server_state.connections)
     small.app.go.set()
     async with httpx.AsyncClient() as client:
         assert (await asking(small, client)).status_code == 200
@@ -230,7 +229,7 @@ async def test_a_client_that_sends_slowly_is_cut(small, sent, more, status):
     assert 0.4 < time.perf_counter() - started < 3
     assert answer.startswith(status) and bool(answer) == bool(status)
     writer.close()
-    await until(lambda: not small.listener._server.server_state.connections)
+    await soon(lambda: not small.listener._server.server_state.connections)
 
 
 @pytest.mark.parametrize("head", [b"GET /health HTTP/1.1\r\nx: ", _HEAD + b"\r\n\r\n"])
@@ -240,8 +239,8 @@ async def test_always_one_more_byte_is_not_enough(small, head):
     _, writer = await asyncio.open_connection("127.0.0.1", small.port)
     writer.write(head)
     drip = asyncio.ensure_future(dripping(writer, b" "))
-    await until(lambda: small.listener._server.server_state.connections)
-    await until(lambda: not small.listener._server.server_state.connections)
+    await soon(lambda: small.listener._server.server_state.connections)
+    await soon(lambda: not small.listener._server.server_state.connections)
     drip.cancel()
     writer.close()
 
@@ -260,9 +259,9 @@ async def test_a_client_that_does_not_read_is_cut_and_its_generation_ended(small
         f"POST /v1/completions HTTP/1.1\r\nauthorization: Bearer {KEY}\r\ncontent-length: 2\r\n\r\n"
     )
     sock.sendall(head.encode() + b"{}")
-    await until(lambda: small.app.cut == 1)
+    await soon(lambda: small.app.cut == 1)
     assert small.app.running == 0
-    await until(lambda: not small.listener._server.server_state.connections)
+    await soon(lambda: not small.listener._server.server_state.connections)
     sock.close()
 
 
@@ -302,10 +301,9 @@ async def test_one_session_does_not_starve_another(server):
     many, one = greedy.async_openai(max_retries=0), modest.async_openai(max_retries=0)
     await asyncio.to_thread(server.sleep)
     tasks = [asyncio.ensure_future(ask(greedy, many, f"{i}")) for i in range(600)]
-    while server.metrics()["rollout_server_gate_held_requests"] < 600:
-        await asyncio.sleep(0.05)
+    await soon(lambda: held(server) == 600, within=60)
     await asyncio.to_thread(server.wake)
-    await until(lambda: len(answered) > 0, 60)
+    await soon(lambda: len(answered) > 0, 60)
     await ask(modest, one, "one")
     place = answered.index(modest)
     await asyncio.wait_for(asyncio.gather(*tasks), 120)
@@ -345,9 +343,7 @@ async def test_two_thousand_connections_are_held_over_a_sleep(server):
     try:
         await asyncio.to_thread(server.sleep)
         asked = [asyncio.ensure_future(ask(*end)) for end in ends]
-        async with asyncio.timeout(60):
-            while server.metrics()["rollout_server_gate_held_requests"] < CONNECTIONS:
-                await asyncio.sleep(0.05)
+        await soon(lambda: held(server) == CONNECTIONS, within=60)
         assert not any(one.done() for one in asked)
         await asyncio.to_thread(server.wake)
         answers = await asyncio.wait_for(asyncio.gather(*asked), 180)

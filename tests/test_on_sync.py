@@ -3,12 +3,11 @@
 import contextlib
 import dataclasses
 import threading
-import time
 
 import httpx
 import openai
 import pytest
-from support import greedy, large_step
+from support import eventually, greedy, large_step, running, under_way
 from test_agents import sampled
 
 from rollout_server.errors import ConfigError, DeadlineError
@@ -48,20 +47,11 @@ class Asking(threading.Thread):
     def __enter__(self):
         others = running(self._server)
         self.start()
-        deadline = time.monotonic() + 10
-        while not any(s.stats.num_generation_tokens for s in running(self._server, but=others)):
-            assert time.monotonic() < deadline, "the request didn't start"
-            time.sleep(0.001)
+        eventually(lambda: under_way(self._server, but=others))
         return self
 
     def __exit__(self, *_):
         self.join(60)
-
-
-def running(server, but=()):
-    """vLLM's states of what the engine generates."""
-    states = server._engine.client.output_processor.request_states
-    return [state for state in list(states.values()) if state not in but]
 
 
 def test_continued_from_its_own_tokens(server, shared_model):

@@ -1,10 +1,14 @@
 """The plan of a sync, recorded from loaders of every habit, without an engine."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rollout_server.engine.copying import Copier
-from rollout_server.engine.plan import Piece, TensorSpec, record
+from rollout_server.engine.marks import mark, marked
+from rollout_server.engine.plan import Piece, TensorSpec
+from rollout_server.engine.recording import record
 from rollout_server.weights.staging import Staging, Wanted, buckets, streamed
 
 D = 4
@@ -142,14 +146,124 @@ def loader(change):
     [
         (lambda m, n, t: n == "norm" and m.norm.data.copy_(t + 1) is not None, "computed"),
         (lambda m, n, t: n == "norm" and m.norm.data.add_(t) is not None, "add_"),
-        (lambda m, n, t: n == "embed" and m.embed.data[:6].copy_(t) is not None, "8 of the 32"),
-        (lambda m, n, t: n == "out" and m.out.data[:, :2].copy_(t[:, :2]) is not None, "8 of the"),
     ],
 )
 def test_what_is_not_a_copy_is_an_obstacle(change, obstacle):
     plan = recorded(loader(change), weights())
     assert not plan.usable
     assert obstacle in " ".join(plan.obstacles)
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda m, n, t: n == "embed" and m.embed.data[:6].copy_(t) is not None, "8 of the 32 "),
+        (lambda m, n, t: n == "out" and m.out.data[:, :2].copy_(t[:, :2]) is not None, "8 of the"),
+    ],
+)
+def test_elements_that_nothing_is_written_to_are_refused(change, left):
+    with pytest.raises(ValueError, match=f"{left}.*elements of (embed|out) aren't loaded") as error:
+        recorded(loader(lambda m, n, t: change(m, n, t) or _computed(m, n, t)), weights())
+    assert "norm" not in str(error.value)
+
+
+def _computed(model, name, tensor):
+    """An obstacle to a plan, whatever else is wrong."""
+    return name == "norm" and model.norm.data.copy_(tensor + 1) is not None
+
+
+def test_beside_an_obstacle_nothing_is_left_out_unseen():
+    """A plan that isn't used has told what the loader skips all the same."""
+    given = weights() | {"skipped": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"skipped \(3,\): nothing in the engine takes it"):
+        recorded(loader(_computed), given)
+    with pytest.raises(ValueError, match=r"out \(4, 4\): the trainer has nothing for this"):
+        recorded(loader(_computed), {n: t for n, t in weights().items() if n != "out"})
+
+
+def test_a_tensor_that_is_looked_at_and_dropped_is_not_taken():
+    """As by a loader that casts and slices all it is given, and then looks for its place."""
+
+    def drops(model, name, tensor):
+        return name == "skipped" and tensor.narrow(0, 0, 2).double().mul(2) is not None
+
+    with pytest.raises(ValueError, match=r"skipped \(3,\): nothing in the engine takes it"):
+        recorded(loader(drops), weights() | {"skipped": torch.zeros(3)})
+
+
+def test_a_loader_that_keeps_tensors_for_later_is_followed():
+    """Each is told from the others after they have all come, and what is made of them too."""
+
+    class Later(Model):
+        def load_weights(self, weights):
+            kept = dict(weights)
+            kept["norm"] = kept["norm"].float() * 2
+            super().load_weights(kept.items())
+
+    plan = recorded(Later(), weights())
+    assert set(plan.copies) == set(weights()) - {"norm"}
+    assert plan.obstacles == ["what becomes of norm is computed while it is loaded"]
+
+
+def test_what_a_plan_that_is_not_used_can_still_compare():
+    tensors, model = weights(), loader(_computed)
+    plan = record(model, specs(tensors), tensors.items(), write=True)
+    pieces = [Piece(name, 0, t) for name, t in tensors.items()]
+    assert {p.name for p in plan.comparable(pieces, model)} == set(tensors) - {"norm"}
+    model.out.data = model.out.data.t().contiguous()  # as vLLM does when it repacks a layer
+    pieces = plan.comparable(pieces, model)
+    assert {p.name for p in pieces} == set(tensors) - {"norm", "out"}
+    assert plan.mismatched(pieces) == []
+    tensors["k"][2, 1] += 1
+    assert plan.mismatched(pieces) == ["k"]
+
+
+def test_padding_that_vllm_knows_of_is_zero_and_no_error():
+    model = loader(lambda m, n, t: n == "embed" and m.embed.data[:6].copy_(t) is not None)
+    model.embed.weight_loader_numel = 24
+    tensors = weights()
+    plan = record(model, specs(tensors), tensors.items(), write=True)
+    assert plan.obstacles == ["8 of the 32 elements of embed aren't loaded"]
+    assert (model.embed[6:] == 0).all()
+
+
+def _reloaded(model, tensors, cut=None):
+    """What `reload.part` does in a worker, in one part or in two."""
+    from rollout_server.engine import reload
+
+    pieces = [Piece(name, 0, t) for name, t in tensors.items()]
+    worker = SimpleNamespace(get_model=lambda: model)
+    with torch.no_grad():
+        if cut is None:
+            return reload.part(worker, pieces, True, True, layerwise=False)
+        reload.part(worker, pieces[:cut], True, False, layerwise=False)
+        reload.part(worker, pieces[cut:], False, True, layerwise=False)
+
+
+@pytest.mark.parametrize("cut", [None, 2])
+def test_a_reload_that_leaves_something_out_names_it(cut):
+    """What vLLM's loader skips later on would go on with the numbers that were there."""
+    tensors, model = weights(), loader(_computed)
+    model.rollout_plan = record(model, specs(tensors), tensors.items(), write=True)
+    _reloaded(model, tensors, cut)
+    assert torch.equal(model.embed[:6], tensors["embed"])
+    with pytest.raises(RuntimeError, match=r"left out 16 of the 48 elements of qkv; out \(4, 4\)"):
+        _reloaded(model, {n: t for n, t in tensors.items() if n not in ("v", "out")}, cut)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.int8]
+)
+def test_marks_tell_what_was_written(dtype):
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(4, 6).to(dtype), requires_grad=False)
+    mark(model)
+    assert marked(model) == ["weight (4, 6)"]
+    model.weight.data[:2] = torch.zeros(2, 6).to(dtype)
+    partly = ["12 of the 24 elements of weight"] if dtype.is_floating_point else []
+    assert marked(model) == partly
+    model.weight.data[2:] = torch.zeros(2, 6).to(dtype)
+    assert marked(model) == []
 
 
 def test_a_parameter_that_got_other_memory_makes_the_plan_stale():

@@ -103,6 +103,8 @@ def test_what_ranks_with_one_engine_do_to_each_other(tiny_folder, tmp_path):
     slept_after = first["asked"] < second["rolled_out"] < first["slept"]
     assert slept_after, "it slept in the other's rollout"
     assert "rank 1 failed" in first["nan"][1]
+    assert first["ran"] and first["finish"] is None and second["finish"] is None
+    assert first["finished_by"] == [first["newest"] - 1]
 
 
 @pytest.mark.slow
@@ -154,7 +156,7 @@ def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tm
 # -- agreement, without an engine -------------------------------------------------------------
 
 
-def _rank(rank, port, script, results):
+def _rank(rank, port, script, results, over):
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     ranks = Ranks.join()
@@ -162,15 +164,18 @@ def _rank(rank, port, script, results):
         results.put((rank, script(ranks)))
     except Exception as error:
         results.put((rank, error))
-    time.sleep(3 if rank == 0 else 0)  # it keeps the store
+    if rank == 0:
+        over.wait(20)  # it keeps the store
+    else:
+        over.set()
     dist.destroy_process_group()
 
 
 def together(script, port):
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
+    results, over = context.Queue(), context.Event()
     processes = [
-        context.Process(target=_rank, args=(rank, port, script, results), daemon=True)
+        context.Process(target=_rank, args=(rank, port, script, results, over), daemon=True)
         for rank in range(2)
     ]
     for process in processes:

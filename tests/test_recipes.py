@@ -1,6 +1,9 @@
 """The recipes' own parts: tasks, settings, the run folder."""
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,8 +51,21 @@ def test_the_same_seed_gives_the_same_tasks(name):
 
 
 def test_an_unknown_task_is_named():
-    with pytest.raises(ValueError, match=r"no task 'sums'.*chain_sum"):
-        tasks.make_dataset("sums")
+    with pytest.raises(ValueError, match=r"no task 'sum'.*chain_sum"):
+        tasks.make_dataset("sum")
+
+
+def test_a_task_with_too_few_entries_says_so():
+    with pytest.raises(ValueError, match=r"100 entries of 'sums' .*min_digits.* 0 are fit"):
+        tasks.make_dataset("sums", size=10, options={"min_digits": 9, "max_digits": 9})
+
+
+def test_the_sums_of_the_demo_have_one_digit():
+    rows = tasks.make_dataset("sums", size=200)
+    assert len(rows) == 200
+    for row in rows:
+        left, right = re.fullmatch(r"What is (\d) \+ (\d)\?", row["prompt"][-1]["content"]).groups()
+        assert row["answer"] == str(int(left) + int(right)) and len(row["answer"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -73,26 +89,53 @@ def test_trl_reads_the_training_settings(path, tmp_path):
     assert config.max_steps == known.get("max_steps", config.max_steps)
 
 
-def test_the_run_folder(tmp_path):
-    """Metrics as JSON lines, a plot and a summary, from a trainer's callbacks."""
-    folder, args = (
-        RunFolder(str(tmp_path)),
-        TrainingArguments(output_dir=str(tmp_path), max_steps=10),
-    )
-    state, control = TrainerState(max_steps=10, is_world_process_zero=True), TrainerControl()
-    folder.on_train_begin(args, state, control)
-    for step in range(1, 11):
+def record(folder, steps=10):
+    """Call the run folder as a trainer does."""
+    run, args = RunFolder(folder), TrainingArguments(output_dir=str(folder), max_steps=steps)
+    state, control = TrainerState(max_steps=steps, is_world_process_zero=True), TrainerControl()
+    run.on_train_begin(args, state, control)
+    for step in range(1, steps + 1):
         state.global_step = step
-        logs = {"reward": step / 10, "rollout/policy_version": step}
+        logs = {"reward": step / steps, "rollout/policy_version": step}
         if step > 1:  # a key may be missing
             logs["rollout/tokens_per_second"] = 100.0
-        folder.on_log(args, state, control, logs=logs)
-        folder.on_step_end(args, state, control)
-    folder.on_train_end(args, state, control)
+        run.on_log(args, state, control, logs=logs)
+        run.on_step_end(args, state, control)
+    run.on_log(args, state, control, logs={"train_runtime": 1.0})  # the trainer's last
+    run.on_train_end(args, state, control)
+
+
+def test_the_run_folder(tmp_path):
+    """Metrics as JSON lines, a plot and a summary, from a trainer's callbacks."""
+    record(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines if "reward" in line] == [s / 10 for s in range(1, 11)]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    text = json.dumps(summary)
-    assert "0.15" in text and "0.95" in text, text  # the first and the last fifth
-    assert (tmp_path / "summary.md").stat().st_size > 0
+    assert summary["steps"] == 10
+    assert summary["reward_first_fifth"] == pytest.approx(0.15)
+    assert summary["reward_last_fifth"] == pytest.approx(0.95)
+    assert "| reward last fifth | 0.95 |" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_a_step(
+    tmp_path, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal))
+    record(tmp_path)
+    shown = stream.getvalue()
+    if terminal:
+        assert shown.count("\n") == 1 and shown.split("\r")[-1].startswith("100%")
+        assert "reward=1.000" in shown
+        return
+    assert "\r" not in shown
+    lines = shown.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [f"step {i}/10" for i in range(1, 11)]
+    assert lines[9].endswith(": reward 1.000, tokens/s 100, version 10")

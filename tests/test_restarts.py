@@ -1,5 +1,4 @@
-"""Engines that die or hang, and what becomes of requests. Each test but the last takes one of the
-server's restarts, so they run in their order."""
+"""Engines that die or hang, and what becomes of requests."""
 
 import asyncio
 import os
@@ -13,13 +12,14 @@ from types import SimpleNamespace
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
-from support import MIB, greedy, large_step
+from support import MIB, eventually, greedy, held, large_step
 from test_agent_clients import goes_on
 from transformers import AutoModelForCausalLM
 
-from rollout_server import attach
+from rollout_server import attach, watch
 from rollout_server.engine.loop import LoopThread
 from rollout_server.errors import EngineDeadError, StateError
 from rollout_server.restarts import Restarts
@@ -37,23 +37,40 @@ def policy(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def mortal(policy, tokenizer):
-    with attach(
-        policy, tokenizer, kv_cache_memory_bytes=128 * MIB, hold_timeout=300, liveness_timeout=4,
-        max_restarts=3, progress=False,
-    ) as server:  # fmt: skip
-        yield server
+def mortals(policy, tokenizer):
+    """The server for the next test: the last one's, as long as it can be restarted."""
+    servers = []
+
+    def give():
+        if servers and (servers[-1].state != "awake" or not restarts(servers[-1]).left):
+            servers.pop().close()
+        if not servers:
+            servers.append(attach(
+                policy, tokenizer, kv_cache_memory_bytes=128 * MIB, hold_timeout=300,
+                liveness_timeout=4, max_restarts=3, progress=False,
+            ))  # fmt: skip
+        return servers[-1]
+
+    yield give
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def mortal(mortals):
+    return mortals()
+
+
+def restarts(server):
+    return server._lifecycle.steps.restarts
 
 
 def kill(server, how=signal.SIGKILL):
     os.kill(server.engine_pid, how)
 
 
-def wait_for(server, *states, seconds=120):
-    until = time.monotonic() + seconds
-    while server.state not in states:
-        assert time.monotonic() < until, f"still {server.state}"
-        time.sleep(0.02)
+def wait_for(server, *states):
+    eventually(lambda: server.state in states, within=120)
 
 
 def streamed(server, running):
@@ -116,6 +133,7 @@ def test_requests_go_on_when_the_engine_dies(mortal, policy):
     (whole,) = mortal.generate(PROMPT, LONG)
     (other,) = mortal.generate(PROMPT, LONG | PENALTY)
     version, pid, running = mortal.policy_version, mortal.engine_pid, threading.Event()
+    before, so_far = mortal.metrics(), len(mortal.report()["events"])
     with ThreadPoolExecutor(8) as pool, mortal.session() as session:
         stream = pool.submit(streamed, mortal, running)
         direct = pool.submit(mortal.generate, PROMPT, LONG)
@@ -150,22 +168,28 @@ def test_requests_go_on_when_the_engine_dies(mortal, policy):
     assert mortal.policy_version == version, "the weights are the same"
     mortal.verify_weights()
     told = mortal.metrics()
-    assert told["rollout_server_engine_restarts_total"] == 1
-    assert told['rollout_server_interrupted_generations_total{by="restart"}'] >= 1
-    events = "\n".join(mortal.report()["events"])
+    restarted = "rollout_server_engine_restarts_total"
+    assert told[restarted] - before[restarted] == 1
+    interrupted = 'rollout_server_interrupted_generations_total{by="restart"}'
+    assert told[interrupted] - before.get(interrupted, 0) >= 1
+    events = "\n".join(mortal.report()["events"][so_far:])
     assert "event=engine_died " in events and "event=engine_restarted " in events
 
 
 def test_one_that_dies_asleep_is_started_when_it_is_to_wake(mortal, policy):
     mortal.sleep()
+    so_far, pid = restarts(mortal).count, mortal.engine_pid
     kill(mortal)
     with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(ask, mortal)
-        time.sleep(1.5)
-        assert mortal.state == "asleep" and not held.done()
+        late = pool.submit(ask, mortal)
+        eventually(lambda: held(mortal) == 1 and not psutil.pid_exists(pid))
+        time.sleep(2 * watch._PERIOD)  # it has been looked at since: nothing is to happen
+        assert mortal.state == "asleep" and not late.done()
+        assert restarts(mortal).count == so_far
         large_step(policy, PROMPT, seed=3)
         mortal.wake()
-        assert held.result(60).status_code == 200
+        assert late.result(60).status_code == 200
+    assert restarts(mortal).count == so_far + 1
     mortal.verify_weights()
 
 
@@ -188,6 +212,8 @@ def test_one_that_hangs_is_ended(mortal, monkeypatch):
 
 
 def test_when_the_restarts_are_used_up_all_are_told(mortal):
+    while restarts(mortal).left:
+        restarts(mortal).delay()
     with ThreadPoolExecutor(4) as pool:
         running = threading.Event()
         stream = pool.submit(streamed, mortal, running)
@@ -234,15 +260,15 @@ def test_closed_in_the_middle_of_a_sync(tiny, tokenizer):
         kill(server, signal.SIGSTOP)
         sync = pool.submit(server.sync_weights)
         wait_for(server, "closing_gate", "syncing")
-        held = pool.submit(ask, server)
-        time.sleep(0.5)
+        late = pool.submit(ask, server)
+        eventually(lambda: held(server) == 1)
         started = time.monotonic()
         server.close()
         assert time.monotonic() - started < 20
         with pytest.raises(StateError, match="closed"):
             sync.result(5)
-        with pytest.raises(httpx.TransportError) if held.exception(5) else nullcontext():
-            assert held.result().status_code == 503
+        with pytest.raises(httpx.TransportError) if late.exception(5) else nullcontext():
+            assert late.result().status_code == 503
     server.close()
     assert server.state == "closed"
 

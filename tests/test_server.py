@@ -3,12 +3,11 @@
 import gc
 import os
 import threading
-import time
 
 import psutil
 import pytest
 import torch
-from support import MIB, greedy, large_step, trainer_logprobs
+from support import MIB, eventually, greedy, held, large_step, trainer_logprobs, under_way
 
 from rollout_server.errors import (
     DeadlineError,
@@ -238,7 +237,7 @@ def test_a_request_waits_for_a_sleeping_engine(server, shared_model):
     thread, answers = in_thread(
         lambda: client.completions.create(model="policy", prompt=[51, 52], max_tokens=4)
     )
-    thread.join(1)
+    eventually(lambda: held(server) == 1)
     assert not answers
     large_step(shared_model, [51, 52], seed=51)
     server.wake()
@@ -251,7 +250,7 @@ def test_an_interrupted_generation_goes_on_from_its_own_tokens(server):
     (undisturbed,) = server.generate([61, 62], sampling)
     version = server.policy_version
     thread, answers = in_thread(lambda: server.generate([61, 62], sampling))
-    time.sleep(0.2)
+    eventually(lambda: under_way(server))
     server.sleep()
     assert not answers, "the generation was over before it could be interrupted"
     server.wake()

@@ -10,6 +10,7 @@ import templates
 
 from rollout_server.http.history import History
 from rollout_server.http.splice import Known, Splicer
+from rollout_server.http.texts import Texts
 from rollout_server.trajectories.tree import TokenTree
 
 CONVERSATIONS = 85  # for each template: 1,020 in all
@@ -20,7 +21,7 @@ class Server:
 
     def __init__(self, case):
         self.case = case
-        self.splicer = Splicer(case.tokenizer, case.stop_ids)
+        self.splicer = Splicer(Texts(case.tokenizer), case.stop_ids)
         self.history = History()
         self.tree = TokenTree()
         self.spliced = False
@@ -148,3 +149,15 @@ def edits(rng, messages):
     if not changed[-1].get("tool_calls"):
         changed[-1]["content"] = (changed[-1].get("content") or "") + " and more"
         yield changed
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_an_answer_that_was_cut_off_in_its_reasoning_is_believed(field):
+    case = templates.case("qwen3")
+    server, messages = Server(case), [{"role": "user", "content": "Well?"}]
+    ids = case.tokenizer.encode("<think>\nBecause of", add_special_tokens=False)
+    known = Known(1, templates.render(case, messages), ids)
+    for thought, believed in (("\nBecause of", True), ("\nOther", False)):
+        answer = {"role": "assistant", "content": "", field: thought}
+        told = [*messages, answer]
+        assert Server.wait(server.splicer.goes_on(told, known, server.render, "x")) is believed

@@ -1,6 +1,8 @@
 """TRL's trainers with an attached server."""
 
 import itertools
+import re
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -8,13 +10,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from rollout_server.integrations.trl import EngineGeneration, logp_difference, recognises
+from rollout_server.integrations.trl import recognises
+from rollout_server.integrations.trl_agents import AgentRollouts
+from rollout_server.integrations.trl_checks import check
+from rollout_server.integrations.trl_generation import EngineGeneration
+from rollout_server.integrations.trl_measures import logp_difference, truncated_mass
 from support import MIB, trl_settings
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from rollout_server import attach
-from rollout_server.errors import AlreadyAttachedError, TrainerError
+from rollout_server.config import RolloutConfig
+from rollout_server.errors import AlreadyAttachedError, NotAvailableError, TrainerError
+from rollout_server.trajectories.session import Session
 
 pytestmark = pytest.mark.slow
 QUICK = {"kv_cache_memory_bytes": 64 * MIB, "progress": False}
@@ -163,6 +171,16 @@ def test_rollouts_are_those_the_engine_sampled(make_trainer):
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert answer.usage.completion_tokens == 6
+        longest = server._engine.client.model_config.max_model_len
+        for prompt, echo, count in (
+            ([7], False, 6),
+            ([7], True, 6),
+            ([7] * (longest - 3), False, 3),
+        ):
+            answer = server.openai().completions.create(
+                model="policy", prompt=prompt, echo=echo, extra_body={"ignore_eos": True}
+            )
+            assert answer.usage.completion_tokens == count
 
 
 # -- refused, without an engine ---------------------------------------------------------------
@@ -198,6 +216,122 @@ def test_a_trainer_that_does_not_generate_is_refused(tiny, tokenizer, tmp_path):
     assert recognises(trainer) and not recognises(tiny)
     with pytest.raises(TrainerError, match="GRPOTrainer"):
         attach(trainer)
+
+
+def test_other_trainers_that_generate_are_refused_by_name(make_trainer, tiny, tokenizer, tmp_path):
+    from trl.experimental.async_grpo import AsyncGRPOTrainer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    settings = trl_settings(tmp_path)
+    del settings["num_generations"], settings["max_completion_length"]
+    pairs = OnlineDPOTrainer(
+        model=tiny, args=OnlineDPOConfig(**settings), processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": "one"}]), reward_funcs=reward_length,
+    )  # fmt: skip
+    with pytest.raises(NotAvailableError, match=r"OnlineDPOTrainer asks for pairs.*GRPOTrainer"):
+        attach(pairs)
+    # Made without its constructor, which asks a vLLM server for its model.
+    trainer = AsyncGRPOTrainer.__new__(AsyncGRPOTrainer)
+    trainer.accelerator, trainer.args = pairs.accelerator, pairs.args
+    with pytest.raises(NotAvailableError, match=r"AsyncGRPOTrainer trains on what.*GRPOTrainer"):
+        attach(trainer)
+
+
+@pytest.mark.parametrize("where", ["image", "images", "prompt", "evaluation"])
+def test_images_are_refused_at_attach(make_trainer, where):
+    trainer = make_trainer()
+    text = {"prompt": [{"role": "user", "content": "Say"}]}
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    if where == "prompt":
+        trainer.train_dataset = Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": parts}]}]
+        )
+    elif where == "evaluation":
+        trainer.eval_dataset = {"pictures": Dataset.from_list([text | {"image": "x.png"}])}
+    else:
+        trainer.train_dataset = Dataset.from_list([text | {where: "x.png"}])
+    name = "eval_dataset" if where == "evaluation" else "train_dataset"
+    column = "image" if where == "evaluation" else where
+    with pytest.raises(NotAvailableError, match=f"{name} holds images in its column '{column}'"):
+        attach(trainer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"do_sample": True}, r"'do_sample'.*Hugging Face"),
+        ({"length_penalty": 2.0, "min_tokens": 1}, r"'length_penalty'.*Hugging Face"),
+        ({"max_new_tokens": 4}, "max_completion_length"),
+        ({"num_return_sequences": 4}, "num_generations"),
+        ({"n": 4}, "num_generations"),
+        ({"seed": 1}, "the same"),
+        ({"top_q": 0.5}, "did you mean 'top_"),
+        ({"top_p": 7}, "top_p"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_generation_kwargs_that_vllm_lacks_are_refused_at_attach(make_trainer, fields, told):
+    trainer = make_trainer()
+    trainer.args.generation_kwargs = fields
+    with pytest.raises(TrainerError, match="generation_kwargs.*" + told):
+        attach(trainer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode", "told"),
+    [
+        ({"top_p": 0.9}, "sequence_mask", r"top_p=0\.9: .*truncated_mass.*'token_truncate'"),
+        ({"top_k": 5, "min_p": 0.1}, "token_truncate", r"top_k=5, min_p=0\.1: .*README'?\)$"),
+        ({"repetition_penalty": 1.2}, "token_mask", r"repetition_penalty=1\.2: "),
+        ({"generation_kwargs": {"min_tokens": 4}}, "token_mask", "min_tokens=4: "),
+        ({"top_k": -1, "top_p": 1, "min_p": 0.0}, "sequence_mask", None),
+        ({"temperature": 0.7}, "sequence_mask", None),
+    ],
+    ids=str,
+)
+def test_sampling_from_another_distribution_is_warned_of(make_trainer, settings, mode, told):
+    trainer = make_trainer(vllm_importance_sampling_mode=mode, **settings)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        check(trainer, RolloutConfig())
+    texts = [str(w.message) for w in heard if "rollout/truncated_mass" in str(w.message)]
+    assert len(texts) == (told is not None)
+    assert told is None or re.search(told, texts[0])
+
+
+def test_the_mass_that_was_cut_off():
+    """Exact where a cut-off is all that differs; without bias where weights differ too."""
+    torch.manual_seed(0)
+    whole = torch.randn(2, 5, 50).softmax(-1)
+    kept = torch.where(whole >= whole.topk(10).values[..., -1:], whole, 0.0)
+    engine = kept / kept.sum(-1, keepdim=True)
+    ids = torch.multinomial(engine.view(10, 50), 1).view(2, 5, 1)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    batch = {
+        "completion_mask": mask, "tool_mask": torch.tensor([[1] * 5, [1, 0, 0, 1, 1]]),
+        "old_per_token_logps": whole.gather(2, ids)[..., 0].log(),
+        "sampling_per_token_logps": engine.gather(2, ids)[..., 0].log(),
+    }  # fmt: skip
+    cut_off = 1 - kept.sum(-1)
+    counted = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert truncated_mass(batch) == pytest.approx(cut_off[counted].mean().item(), abs=1e-6)
+    counted[0, 1:3] = False  # under a grammar
+    assert truncated_mass(batch, [[(1, 3)], []]) == pytest.approx(
+        cut_off[counted].mean().item(), abs=1e-6
+    )
+    everything = itertools.repeat([(0, None)])
+    assert truncated_mass(batch, everything) is None and truncated_mass({}) is None
+    assert truncated_mass({"completion_mask": mask, "old_logps": torch.zeros(2)}) is None
+    # Other weights in the engine: the policy's mass of what could be sampled, on average.
+    other = torch.where(kept > 0, torch.rand_like(kept), 0.0)
+    other /= other.sum(-1, keepdim=True)
+    many = torch.multinomial(other.view(10, 50), 20000, replacement=True).view(2, 5, 20000)
+    batch = {
+        "completion_mask": torch.ones(2, 100000),
+        "old_per_token_logps": whole.gather(2, many).log().view(2, -1),
+        "sampling_per_token_logps": other.gather(2, many).log().view(2, -1),
+    }  # fmt: skip
+    assert truncated_mass(batch) == pytest.approx(cut_off.mean().item(), abs=0.02)
 
 
 def test_the_difference_counts_only_trained_tokens():
@@ -268,3 +402,29 @@ def test_tokens_under_a_grammar_are_compared_apart():
     told.clear()
     one.log_difference(batch)
     assert told == {"free": whole}
+
+
+def test_a_step_of_rollouts_is_one_line_where_no_bar_can_be_drawn(tokenizer, capsys):
+    def open_session(**metadata):
+        return Session("http://127.0.0.1:9/v1", (None, None), lambda session: None, metadata)
+
+    def agent(session, example):
+        if example["prompt"] == "b":
+            raise SystemExit("an agent's own")
+        return 1.0
+
+    logged = {}
+    server = SimpleNamespace(session=open_session, policy_version=3)
+    rollouts = AgentRollouts(
+        server, RolloutConfig(), agent, SimpleNamespace(log=logged.__setitem__, masked=[])
+    )
+    main = SimpleNamespace(is_main_process=True)
+    trainer = SimpleNamespace(accelerator=main, processing_class=tokenizer)
+    rows = rollouts(["a", "b", "c"], trainer)
+    assert len(rows["completion_ids"]) == 3 and logged["failed"] == pytest.approx(1 / 3)
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if line.startswith("rollout_server: 3 rollouts: ")]
+    assert len(lines) == 1 and lines[0].endswith("1 failed") and "\r" not in told
+    rollouts = AgentRollouts(server, RolloutConfig(progress=False), agent, rollouts._generation)
+    rollouts(["a"], trainer)
+    assert "rollouts" not in capsys.readouterr().err

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rollout_server import attach
 from rollout_server.errors import RolloutServerError
 
+RUNNING = "rollout_server_running_generations"
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
 
@@ -38,6 +40,17 @@ def same_tokens(model, completion):
         own = model(input_ids=tokens).logits[0, start:-1].float().log_softmax(-1)
     gap = (own[range(len(ids)), ids] - torch.tensor(completion.logprobs)).abs().max()
     return own.argmax(-1).tolist() == ids, float(gap)
+
+
+def ask_to_finish(server):
+    """The versions that sampled the answer to a long request."""
+    with server.openai() as client:
+        answer = client.completions.create(
+            model="policy", prompt=[21, 22, 23], max_tokens=300,
+            extra_body={"ignore_eos": True, "on_sync": "finish"},
+        )  # fmt: skip
+    (spans,) = answer.policy_versions
+    return [span["version"] for span in spans]
 
 
 def main():
@@ -102,6 +115,19 @@ def main():
     (after,) = server.generate([21, 22, 23], GREEDY)
     said["served_on"] = [server.policy_version == before, after.policy_version == before]
     said["healed"] = server.sync_weights().version == before + 1
+
+    # A request that is to finish first does, and the sync of both waits for it.
+    with ThreadPoolExecutor(1) as pool:
+        if rank == 0:
+            asked = pool.submit(ask_to_finish, server)
+            while not asked.done() and not server.metrics()[RUNNING]:
+                time.sleep(0.005)
+            said["ran"] = not asked.done()
+        dist.barrier()
+        said["finish"] = raised(server.sync_weights)[1]
+        if rank == 0:
+            said["finished_by"] = asked.result(60)
+            said["newest"] = server.policy_version
 
     # The engine dies: both are told, by a call of either.
     dist.barrier()
