@@ -29,13 +29,17 @@ COUNTERS = {
     ),
     "engine_restarts": ("Engines started in the place of one that had died.", ()),
     "http_requests": ("Requests answered.", ("route", "status")),
+    "loop_held_seconds": (
+        "Of the waits in loop_lag_seconds, those past 20 ms, by whose code the loop was at: "
+        "rollout_server's, vllm's, or others' (a thread of the trainer's).", ("by",)
+    ),
 }  # fmt: skip
 HISTOGRAMS = {
     "gate_held_seconds": "How long held requests waited at the gate.",
     "sync_seconds": "Syncs of weights, from the call until requests flowed, waking included.",
     "sleep_seconds": "Falling asleep, bringing running requests to rest included.",
     "wake_seconds": "Waking, without the sync that goes with it.",
-    "loop_lag_seconds": "How late the server's event loop was to a timer, ten times a second.",
+    "loop_lag_seconds": "How long the event loop took to answer, asked ten times a second.",
 }
 # A gauge is read from its owner, or set where there is none to ask.
 GAUGES = {

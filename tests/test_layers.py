@@ -236,7 +236,10 @@ def terminal(monkeypatch):
     handlers = [logging.StreamHandler(printed), logging.StreamHandler(io.StringIO())]
     monkeypatch.setattr(logger, "handlers", handlers)
     monkeypatch.setattr(logger, "propagate", False)
-    return printed
+    before = logger.level  # what an engine of this process has set, or none
+    logger.setLevel(logging.WARNING)
+    yield printed
+    logger.setLevel(before)
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])

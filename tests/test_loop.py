@@ -19,7 +19,7 @@ from rollout_server.http.app import layered
 from rollout_server.http.body import LARGE, parse, written
 from rollout_server.http.calls import Generation, Sample, current
 from rollout_server.http.gate import Gate
-from rollout_server.http.lag import watch
+from rollout_server.http.lag import LoopWatch
 from rollout_server.http.sessions import Sessions
 from rollout_server.metrics import Metrics
 from rollout_server.trajectories.session import Session
@@ -43,6 +43,7 @@ def tools(number):
 
 
 SAY = {"role": "user", "content": "Go on."}
+DEEP = [[[[[]]]]]
 BODIES = {
     "a prompt of 1 MiB": (0.02, lambda: {"prompt": "word " * (MIB // 5 - 10)}),
     "1 MiB of ids": (0.02, lambda: {"prompt": [12345] * (MIB // 7 - 10)}),
@@ -52,6 +53,11 @@ BODIES = {
     "16 MiB of ids": (0.1, lambda: {"prompt": [12345] * (16 * MIB // 7 - 10)}),
     "5,000 messages": (0.1, lambda: {"messages": [*messages(5000, 3200), SAY]}),
     "10,000 tools": (0.1, lambda: {"messages": [SAY], "tools": tools(10_000)}),
+    "16 MiB of arrays": (0.1, lambda: {"messages": [SAY], "metadata": [[]] * 5_000_000}),
+    "16 MiB of objects": (0.1, lambda: {"messages": [SAY], "metadata": [{}] * 5_000_000}),
+    "16 MiB of arrays in arrays": (0.1, lambda: {"messages": [SAY], "tags": [DEEP] * 1_200_000}),
+    "arrays as many as may be": (0.1, lambda: {"messages": [SAY], "metadata": [[1]] * 490_000}),
+    "16 MiB of brackets in a string": (0.1, lambda: {"prompt": "[{" * (8 * MIB - 100)}),
     "16 MiB of strings": (0.1, lambda: {"messages": [SAY], "metadata": [""] * 4_000_000}),
 }  # fmt: skip
 
@@ -159,15 +165,37 @@ def test_a_value_is_written_and_read_in_pieces_as_in_one(value):
     assert parse(written(many)) == many
 
 
-async def test_the_lag_is_counted():
+# Code of vLLM's, as far as its frames tell.
+VLLM = {"__name__": "vllm.renderers.some", "time": time}
+exec("def hold(seconds):\n    time.sleep(seconds)", VLLM)
+
+
+@pytest.mark.parametrize("by", ["vllm", "rollout_server", "others"])
+async def test_the_lag_is_counted_and_whose_it_is(by):
+    hold = {"vllm": VLLM["hold"], "others": time.sleep}.get(by) or (
+        lambda seconds: written(Slow(seconds))
+    )
     metrics = Metrics()
-    watching = asyncio.ensure_future(watch(metrics))
-    count = "rollout_server_loop_lag_seconds_count"
-    async with asyncio.timeout(10):
-        while metrics.values()[count] < 1:
-            await asyncio.sleep(0.01)
-        time.sleep(0.3)  # held
-        while metrics.values()[count] < 3:
-            await asyncio.sleep(0.01)
-    watching.cancel()
+    watching = LoopWatch(metrics)
+    try:
+        async with asyncio.timeout(20):
+            while not any(name.endswith(f'{{by="{by}"}}') for name in metrics.values()):
+                hold(0.3)
+                await asyncio.sleep(0.01)
+    finally:
+        watching.stop()
     assert metrics.values()["rollout_server_loop_lag_seconds_sum"] >= 0.15
+    (name,) = [n for n in metrics.values() if n.startswith("rollout_server_loop_held")]
+    assert by in name and metrics.values()[name] >= 0.15
+
+
+class Slow(dict):
+    """A value that our code takes long to write."""
+
+    def __init__(self, seconds):
+        super().__init__(a=1)
+        self._seconds = seconds
+
+    def items(self):
+        time.sleep(self._seconds)
+        return super().items()

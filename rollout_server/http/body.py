@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import json.decoder
 import json.scanner
 import re
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,7 +20,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Bytes, from which a thread has the work on a body, and lets the loop's have its turn: what is done
 # then is done in Python, between whose steps threads take turns, or in short pieces of C.
 LARGE = 128 << 10
-_STRINGS = 500_000  # strings and arrays in a body that C would take long for
+_STRINGS = 500_000  # strings, arrays and objects in a body that C would take long for
+# Arrays and objects in a body: Python's garbage collection, which no other thread runs beside,
+# takes a tenth of a second for a few times as many.
+CONTAINERS = 500_000
 _PIECE, _NUMBERS = 256 << 10, 4096  # characters, numbers
 
 
@@ -87,8 +91,13 @@ def parse(body: bytes) -> Any:
         hooks["parse_int"] = _integer
     if large:
         hooks["parse_float"] = _float
+    containers = body.count(b"[") + body.count(b"{")  # those in strings too
+    if containers > CONTAINERS:
+        hooks["object_pairs_hook"] = counted = _Counted()
     decoder = json.JSONDecoder(**hooks)
-    if large and body.count(b'"') / 2 + body.count(b"[") > _STRINGS:
+    if large and body.count(b'"') / 2 + containers > _STRINGS:
+        if containers > CONTAINERS:
+            decoder.parse_array = counted.array
         decoder.scan_once = json.scanner.py_make_scanner(decoder)
     try:
         value = decoder.decode(text)
@@ -178,6 +187,28 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRequest(f"{twice[:60]!r} is given twice in one object; give it once")
     return value
+
+
+class _Counted:
+    """Makes arrays and objects up to `CONTAINERS` of them."""
+
+    def __init__(self):
+        self._left = CONTAINERS
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        self._count()
+        return _object(pairs)
+
+    def array(self, *at: Any) -> Any:
+        self._count()
+        return json.decoder.JSONArray(*at)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise BadRequest(
+                f"the body has more than {CONTAINERS} arrays and objects; send fewer at a time"
+            )
 
 
 def _require_shallow(value: Any) -> None:

@@ -1,6 +1,5 @@
 """An engine's endpoint: its port, the gate and the sessions, and vLLM's app behind all layers."""
 
-import asyncio
 import copy
 import socket
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 from rollout_server.config import RolloutConfig
 from rollout_server.http.app import layered, serving_app
 from rollout_server.http.gate import Gate
-from rollout_server.http.lag import watch
+from rollout_server.http.lag import LoopWatch
 from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
@@ -32,7 +31,7 @@ class Endpoint:
         self._journal = journal
         self._sock: socket.socket | None = None
         self._listener: Listener | None = None
-        self._watch: asyncio.Task | None = None  # of the loop's lag
+        self._watch: LoopWatch | None = None
         self.gate = Gate(config.hold_timeout, journal.metrics)
         self.sessions = Sessions(journal, config.max_retry_bytes, config.max_session_bytes)
         read = journal.metrics.read
@@ -77,13 +76,13 @@ class Endpoint:
         )  # fmt: skip
         self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
         await self._listener.start()
-        self._watch = asyncio.ensure_future(watch(self._journal.metrics))
+        self._watch = LoopWatch(self._journal.metrics)
 
     async def close(self, patience: float) -> None:
         """Tell who waits, and cut what still runs after `patience` seconds."""
         self.gate.shut("the server is closed")
         if self._watch is not None:
-            self._watch.cancel()
+            self._watch.stop()
         if self._listener is not None:
             await self._listener.close(patience)
 
