@@ -15,14 +15,14 @@ from rollout_server.integrations.trl_checks import check, check_rollout
 from rollout_server.integrations.trl_generation import EngineGeneration, sampling_of
 from transformers import TrainerCallback
 
-from rollout_server.agents import Agent
 from rollout_server.attach import refuse_second, serve
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import DeadlineError, RolloutServerError
-from rollout_server.logs import GENERAL
-from rollout_server.policy import Policy
+from rollout_server.lifecycle.state import State
+from rollout_server.observability.logs import GENERAL
+from rollout_server.rollouts.agents import Agent
 from rollout_server.server import RolloutServer
-from rollout_server.state import State
+from rollout_server.weights.policy import Policy
 
 
 def recognises(thing: Any) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 from rollout_server.integrations.trl_generation import EngineGeneration
 from tqdm.auto import tqdm
 
-from rollout_server.agents import Agent, Outcome, run_agents
 from rollout_server.completion import prompt_list, text_tokenizer
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import TrainerError
+from rollout_server.rollouts.agents import Agent, Outcome, run_agents
 from rollout_server.server import RolloutServer
 from rollout_server.trajectories.export import Rollout, trl_rows
 

@@ -9,8 +9,8 @@ from typing import Any
 from rollout_server.integrations.trl_generation import generation_fields, sampling_of
 from transformers import GenerationConfig
 
+from rollout_server import vllm_compat as compat
 from rollout_server.config import RolloutConfig
-from rollout_server.engine import compat
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import NotAvailableError, SamplingError, TrainerError

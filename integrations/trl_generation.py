@@ -10,8 +10,8 @@ from rollout_server.integrations.trl_measures import Runs, logp_difference, trun
 
 from rollout_server.completion import Completion
 from rollout_server.errors import NotAvailableError
+from rollout_server.lifecycle.state import State
 from rollout_server.server import RolloutServer
-from rollout_server.state import State
 
 
 class EngineGeneration:

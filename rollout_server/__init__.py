@@ -10,9 +10,9 @@ try:
     from rollout_server.completion import Completion
     from rollout_server.config import RolloutConfig
     from rollout_server.errors import RolloutServerError
+    from rollout_server.lifecycle.state import State
     from rollout_server.server import RolloutServer
-    from rollout_server.state import State
-    from rollout_server.sync import SyncReport
+    from rollout_server.sync.weight_sync import SyncReport
 except Exception as _error:  # a broken installation; rollout_server.doctor must still run in it
     _broken = _error
 

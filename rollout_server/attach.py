@@ -4,12 +4,12 @@ import importlib
 import weakref
 from typing import Any
 
-from rollout_server.agents import Agent, require_agent
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import AlreadyAttachedError, ConfigError
-from rollout_server.policy import Policy
+from rollout_server.lifecycle.state import State
+from rollout_server.rollouts.agents import Agent, require_agent
 from rollout_server.server import RolloutServer
-from rollout_server.state import State
+from rollout_server.weights.policy import Policy
 
 # Modules that know a trainer. Each has `recognises(object) -> bool` and
 # `attach(trainer, config, rollout) -> RolloutServer`; imported only when attach() gets one object.
@@ -43,7 +43,7 @@ def attach(
         if rollout is not None:
             raise ConfigError(
                 "rollout= needs a trainer that asks for rollouts; with attach(model, tokenizer) "
-                "use server.session(), or rollout_server.agents.run_agents"
+                "use server.session(), or rollout_server.rollouts.agents.run_agents"
             )
         policy = Policy(
             model=lambda: trainer_or_model,

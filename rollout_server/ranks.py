@@ -1,6 +1,6 @@
 """The processes that train together, where there are several: `torch.distributed`'s ranks.
 
-Each has an engine of its own, or each group of neighbours has one (see group.py). A step of all of
+Each has an engine of its own, or each group of neighbours has one (see engine/group.py). A step of all of
 them counts when all have done it. They tell each other through the process group's key-value store,
 which has a deadline for each wait and can say who is missing; no collective is called, so none of
 the trainer's can be disturbed.
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rollout_server.concurrency.interrupts import waiting
 from rollout_server.errors import ConfigError, DeadlineError, RankError
-from rollout_server.interrupts import waiting
 
 _joined = itertools.count()
 _BUSY = "busy/{}"

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
-from rollout_server import machine
+from rollout_server import vllm_compat as compat
 from rollout_server.completion import Completion, Prompt, prompt_list
+from rollout_server.concurrency.garbage import leave_out, take_in
+from rollout_server.concurrency.interrupts import GRACE, held, interrupts
+from rollout_server.concurrency.loop import LoopThread
 from rollout_server.config import RolloutConfig
-from rollout_server.engine import compat
 from rollout_server.engine.arguments import device_name, temporary_folder, tool_parser
 from rollout_server.engine.engine import Engine, kill_trees
-from rollout_server.engine.loop import LoopThread
+from rollout_server.engine.group import GroupEngine
+from rollout_server.engine.janitor import Janitor
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
+from rollout_server.engine.start import join_group, start_engine
 from rollout_server.errors import (
     EngineDeadError,
     EngineStartError,
@@ -28,29 +32,25 @@ from rollout_server.errors import (
     RolloutServerError,
     StateError,
 )
-from rollout_server.group import GroupEngine
-from rollout_server.heap import leave_out, take_in
 from rollout_server.http.endpoint import Endpoint
-from rollout_server.http.gate import GateTimeout
-from rollout_server.interrupts import GRACE, held, interrupts
-from rollout_server.janitor import Janitor
-from rollout_server.journal import Journal
-from rollout_server.lifecycle import Lifecycle
+from rollout_server.lifecycle.gate import GateTimeout
+from rollout_server.lifecycle.lifecycle import Lifecycle
+from rollout_server.lifecycle.state import State, StateBox
+from rollout_server.lifecycle.steps import Steps
+from rollout_server.lifecycle.watchdog import watch
+from rollout_server.observability import machine
+from rollout_server.observability.events import Journal
+from rollout_server.observability.redact import remember
+from rollout_server.observability.report import Report, now, of_journal, of_model, report
 from rollout_server.offload import OptimizerOffload
-from rollout_server.policy import Policy
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
-from rollout_server.redact import remember
-from rollout_server.report import Report, now, of_journal, of_model, report
-from rollout_server.sending import Sender
-from rollout_server.starting import join_group, start_engine
-from rollout_server.state import State, StateBox
-from rollout_server.steps import Steps
-from rollout_server.sync import SyncReport, WeightSync
+from rollout_server.sync.sender import Sender
+from rollout_server.sync.weight_sync import SyncReport, WeightSync
 from rollout_server.trajectories.session import Session
-from rollout_server.watch import watch
+from rollout_server.weights.policy import Policy
 from rollout_server.weights.shared import SharedWeights, require_shareable
-from rollout_server.weights.source import Source
+from rollout_server.weights.sources.base import Source
 
 
 class RolloutServer:

@@ -18,7 +18,7 @@ import torch
 from support import MIB, eventually, greedy, trainer_logprobs, under_way
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import rollout_server.engine.compat as compat
+import rollout_server.vllm_compat as compat
 from rollout_server import attach
 from rollout_server.errors import (
     AlreadyAttachedError,

@@ -6,10 +6,11 @@ from support import MIB, greedy, large_step, trainer_logprobs
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from rollout_server import attach
-from rollout_server.engine.plan import TensorSpec, checkpoint_tensors
 from rollout_server.errors import UnsupportedModelError
 from rollout_server.weights.conversion import views_of
-from rollout_server.weights.source import policy_tensors
+from rollout_server.weights.sources.base import policy_tensors
+from rollout_server.weights.wire import TensorSpec
+from rollout_server.worker.plan import checkpoint_tensors
 
 PROMPT = list(range(100, 116))
 

@@ -13,9 +13,9 @@ from support import soon
 from rollout_server.http import taps
 from rollout_server.http.app import layered
 from rollout_server.http.calls import Generation, Sample, current
-from rollout_server.http.gate import Gate
 from rollout_server.http.sessions import Sessions
 from rollout_server.http.texts import Texts
+from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
 KEY = "key-of-the-tests"

@@ -16,10 +16,10 @@ from support import held, soon
 
 from rollout_server.http.admission import Admission
 from rollout_server.http.app import layered
-from rollout_server.http.gate import Gate
 from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
+from rollout_server.lifecycle.gate import Gate
 
 KEY = "key-of-the-tests"
 HEADERS = {"authorization": f"Bearer {KEY}"}

@@ -14,14 +14,14 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from rollout_server.heap import leave_out, take_in
+from rollout_server.concurrency.garbage import leave_out, take_in
 from rollout_server.http.app import layered
 from rollout_server.http.body import LARGE, parse, written
 from rollout_server.http.calls import Generation, Sample, current
-from rollout_server.http.gate import Gate
-from rollout_server.http.lag import LoopWatch
 from rollout_server.http.sessions import Sessions
-from rollout_server.metrics import Metrics
+from rollout_server.lifecycle.gate import Gate
+from rollout_server.observability.loop_lag import LoopWatch
+from rollout_server.observability.metrics import Metrics
 from rollout_server.trajectories.session import Session
 
 MIB = 1 << 20

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch.distributed as dist
 
-from rollout_server.engine.loop import LoopThread
+from rollout_server.concurrency.interrupts import deliver, held, waiting
+from rollout_server.concurrency.loop import LoopThread
+from rollout_server.concurrency.patience import Patience, Timer, patient
 from rollout_server.errors import DeadlineError
-from rollout_server.interrupts import deliver, held, waiting
-from rollout_server.patience import Patience, Timer, patient
 from rollout_server.ranks import Ranks
 
 
@@ -102,7 +102,7 @@ async def test_a_deadline_is_kept():
 
 STOPPED = """
 import asyncio, time
-from rollout_server.patience import Timer, patient
+from rollout_server.concurrency.patience import Timer, patient
 
 async def main():
     loop, closed = asyncio.get_running_loop(), []

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rollout_server.engine.copying import Copier
-from rollout_server.engine.marks import mark, marked
-from rollout_server.engine.plan import Piece, TensorSpec
-from rollout_server.engine.recording import record
 from rollout_server.weights.staging import Staging, Wanted, buckets, streamed
+from rollout_server.weights.wire import Piece, TensorSpec
+from rollout_server.worker.copier import Copier
+from rollout_server.worker.marks import mark, marked
+from rollout_server.worker.recording import record
 
 D = 4
 
@@ -229,7 +229,7 @@ def test_padding_that_vllm_knows_of_is_zero_and_no_error():
 
 def _reloaded(model, tensors, cut=None):
     """What `reload.part` does in a worker, in one part or in two."""
-    from rollout_server.engine import reload
+    from rollout_server.worker import reload
 
     pieces = [Piece(name, 0, t) for name, t in tensors.items()]
     worker = SimpleNamespace(get_model=lambda: model)

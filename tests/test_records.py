@@ -11,10 +11,10 @@ import pytest
 
 from rollout_server.http.app import layered
 from rollout_server.http.calls import Call, Generation, Sample, current
-from rollout_server.http.gate import Gate
 from rollout_server.http.limits import Limits
 from rollout_server.http.options import Options
 from rollout_server.http.sessions import Sessions
+from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
 KEY = "key-of-the-tests"

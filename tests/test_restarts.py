@@ -19,10 +19,11 @@ from support import MIB, eventually, greedy, held, large_step
 from test_agent_clients import goes_on
 from transformers import AutoModelForCausalLM
 
-from rollout_server import attach, watch
-from rollout_server.engine.loop import LoopThread
+from rollout_server import attach
+from rollout_server.concurrency.loop import LoopThread
 from rollout_server.errors import EngineDeadError, StateError
-from rollout_server.restarts import Restarts
+from rollout_server.lifecycle import watchdog as watch
+from rollout_server.lifecycle.restarts import Restarts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}

@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 
-from rollout_server.agents import run_agents
+from rollout_server.rollouts.agents import run_agents
 from rollout_server.trajectories.session import Session
 
 FOREVER = 600.0
@@ -195,7 +195,7 @@ def test_what_agents_leave_behind_is_ended(sessions):
 def test_threads_of_agents_do_not_hold_up_the_end_of_the_process():
     script = """
 import asyncio, threading
-from rollout_server.agents import run_agents
+from rollout_server.rollouts.agents import run_agents
 from rollout_server.trajectories.session import Session
 
 async def agent(session, example):

@@ -18,15 +18,16 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 from support import MIB
 
-from rollout_server import attach, logs
-from rollout_server.agents import run_agents
+from rollout_server import attach
 from rollout_server.errors import RolloutServerError, StateError, WeightSyncError
-from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.routes import label
 from rollout_server.http.seen import Seen
-from rollout_server.journal import Journal
-from rollout_server.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
-from rollout_server.redact import remember, scrub, scrubbed
+from rollout_server.lifecycle.gate import Gate, GateTimeout
+from rollout_server.observability import logs
+from rollout_server.observability.events import Journal
+from rollout_server.observability.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics
+from rollout_server.observability.redact import remember, scrub, scrubbed
+from rollout_server.rollouts.agents import run_agents
 
 MESSAGES = [{"role": "user", "content": "What is two plus two?"}]
 COMPLETION = {"model": "policy", "prompt": [5, 6], "max_tokens": 4, "ignore_eos": True}
@@ -178,8 +179,8 @@ def test_a_request_costs_nothing_where_nobody_listens(caplog):
 def test_nothing_is_printed_but_warnings_of_rollouts():
     code = """
         import logging
-        from rollout_server import logs
-        from rollout_server.journal import Journal
+        from rollout_server.observability import logs
+        from rollout_server.observability.events import Journal
         journal = Journal()
         journal.broke("quiet")
         journal.request("/v1/completions", 503, dict)
@@ -554,7 +555,7 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
         import asyncio, httpx
         from prometheus_client import Counter
         from rollout_server.http.scrape import Scrape
-        from rollout_server.metrics import Metrics
+        from rollout_server.observability.metrics import Metrics
 
         Counter("other", "Of another library.").inc(3)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rollout_server.errors import StateError
-from rollout_server.state import State, StateBox
+from rollout_server.lifecycle.state import State, StateBox
 
 
 def test_a_whole_cycle():

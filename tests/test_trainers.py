@@ -17,7 +17,7 @@ from rollout_server.errors import (
     UnsupportedModelError,
     WeightSyncError,
 )
-from rollout_server.weights.kinds import source_of
+from rollout_server.weights.sources.kinds import source_of
 from rollout_server.weights.staging import Staging, Wanted
 
 QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}

@@ -11,8 +11,8 @@ from openai import BadRequestError
 from rollout_server.http.accepted import Accepted, Earlier
 from rollout_server.http.app import layered
 from rollout_server.http.calls import current
-from rollout_server.http.gate import Gate
 from rollout_server.http.sessions import Sessions
+from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
 

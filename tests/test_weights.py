@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 
-from rollout_server.engine.plan import Part, Piece
 from rollout_server.errors import UnsupportedModelError
 from rollout_server.weights import transport
-from rollout_server.weights.source import not_finite, policy_tensors
+from rollout_server.weights.sources.base import not_finite, policy_tensors
 from rollout_server.weights.transport import Exporter, Importer
+from rollout_server.weights.wire import Part, Piece
 
 
 def test_tied_tensors_come_once_and_untied_ones_twice(tiny):

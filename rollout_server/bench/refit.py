@@ -27,10 +27,10 @@ import torch
 from rollout_server import attach
 from rollout_server.bench import ipc, model, report
 from rollout_server.bench.memory import memory
-from rollout_server.engine.plan import Part, Piece
 from rollout_server.server import RolloutServer
-from rollout_server.weights.source import policy_tensors
+from rollout_server.weights.sources.base import policy_tensors
 from rollout_server.weights.transport import Exporter
+from rollout_server.weights.wire import Part, Piece
 
 WAYS = ("planned", "wake", "layerwise", "per-parameter", "ipc", "share")
 _SLOW = 5  # a slow way is run in one of so many rounds

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from rollout_server.engine.plan import Part, Piece
 from rollout_server.weights.transport import Exporter, Importer, shared_empty
+from rollout_server.weights.wire import Part, Piece
 
 _CHILD = "from rollout_server.doctor.round_trip import child; child()"
 _NUMBERS = 1000

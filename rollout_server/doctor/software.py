@@ -4,7 +4,7 @@ import re
 
 from rollout_server.doctor.finding import Finding, ok, problem, warning
 from rollout_server.doctor.system import Failed, System
-from rollout_server.engine.compat import NEWEST, OLDEST
+from rollout_server.vllm_compat import NEWEST, OLDEST
 
 _RANGE = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 _INSTALL = (

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from rollout_server import machine
+from rollout_server.observability import machine
 
 _PATIENCE = 180  # seconds for a program; importing vLLM on a cold disk takes long
 # Programs for another process, which a broken library may end: each prints one line of JSON.

@@ -10,13 +10,13 @@ from typing import Any
 
 from rollout_server.config import RolloutConfig
 from rollout_server.errors import ConfigError, OutOfMemoryError
+from rollout_server.weights.wire import LOAD_FORMAT
 
 GIB = 1 << 30
 # A socket's path may have 107 characters; vLLM's names have 36.
 SOCKET_FOLDER = 107 - 36 - 1
-WORKER_EXTENSION = "rollout_server.weights.receiver.WeightReceiver"
-LOAD_FORMAT = "rollout_server"
-CPU_WORKER = "rollout_server.engine.cpu_worker.CpuWorker"
+WORKER_EXTENSION = "rollout_server.worker.extension.WeightReceiver"
+CPU_WORKER = "rollout_server.worker.cpu_worker.CpuWorker"
 
 # How a chat template writes a tool call, and vLLM's parser of that form.
 _TOOL_FORMS = (
@@ -45,7 +45,7 @@ def engine_arguments(
         "model": folder,
         "tokenizer": folder,
         "served_model_name": names,
-        # Weights come from the trainer before the first request: see loader.py.
+        # Weights come from the trainer before the first request: see worker/loader.py.
         "load_format": LOAD_FORMAT,
         "model_loader_extra_config": {"folder": folder, "share": config.colocate == "share"},
         "dtype": dtype,

@@ -14,9 +14,8 @@ from typing import Any
 
 import psutil
 
-from rollout_server.engine import compat
-from rollout_server.engine.loop import Keeper
-from rollout_server.engine.plan import Message
+from rollout_server import vllm_compat as compat
+from rollout_server.concurrency.loop import Keeper
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import engine_children, engine_environment
 from rollout_server.engine.stats import PeakUsage, stat_logger
@@ -28,6 +27,7 @@ from rollout_server.errors import (
     UnsupportedModelError,
     WeightSyncError,
 )
+from rollout_server.weights.wire import Message
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _OUT_OF_MEMORY = re.compile(

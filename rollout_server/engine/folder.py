@@ -6,16 +6,9 @@ never saved can be served; its weights arrive later, from the trainer.
 
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from rollout_server.engine.plan import TensorSpec, View, Views
 from rollout_server.errors import UnsupportedModelError
-
-SPECS = "tensors.json"
-VIEWS = "views.json"
 
 
 def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str, untied: bool) -> None:
@@ -59,38 +52,6 @@ def _class_name(model: Any) -> str:
     # FSDP2 makes a class of its own out of the model's.
     names = [c.__name__ for c in type(model).__mro__]
     return next(name for name in names if not name.startswith("FSDP"))
-
-
-def write_specs(folder: str, specs: Mapping[str, TensorSpec]) -> None:
-    """Write what `read_specs` reads: the trainer's tensors, without their values."""
-    rows = [
-        [name, list(s.shape), str(s.dtype).removeprefix("torch."), s.is_buffer]
-        for name, s in specs.items()
-    ]
-    _write(folder, SPECS, rows)
-
-
-def read_specs(folder: str) -> dict[str, TensorSpec]:
-    """Name to shape and dtype of each of the trainer's tensors, in the trainer's order."""
-    with open(os.path.join(folder, SPECS), encoding="utf-8") as f:
-        return {
-            name: TensorSpec(tuple(shape), getattr(torch, dtype), is_buffer)
-            for name, shape, dtype, is_buffer in json.load(f)
-        }
-
-
-def write_views(folder: str, views: Views) -> None:
-    """Write what `read_views` reads: what of a checkpoint the trainer's tensors are."""
-    _write(folder, VIEWS, views)
-
-
-def read_views(folder: str) -> dict[str, list[View]]:
-    """Name of a tensor of the trainer to what it is in a checkpoint."""
-    with open(os.path.join(folder, VIEWS), encoding="utf-8") as f:
-        return {
-            own: [View(n, offset, tuple(shape), tuple(stride)) for n, offset, shape, stride in rows]
-            for own, rows in json.load(f).items()
-        }
 
 
 def _write(path: str, name: str, fields: Any) -> None:

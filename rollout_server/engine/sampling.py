@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from rollout_server.engine.compat import request_errors
 from rollout_server.errors import SamplingError
+from rollout_server.vllm_compat import request_errors
 
 # Fields by which a distribution isn't the model's own; as each is in `SamplingParams()`, it is.
 _CHANGING = (

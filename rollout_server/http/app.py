@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from rollout_server.engine import compat
+from rollout_server import vllm_compat as compat
 from rollout_server.http.calls import current
 from rollout_server.http.faults import Faults
-from rollout_server.http.gate import Gate
 from rollout_server.http.intake import Handed, Intake
 from rollout_server.http.layers import Hold, Routes
 from rollout_server.http.limits import Limits
@@ -16,6 +15,7 @@ from rollout_server.http.names import Names
 from rollout_server.http.record import Calls
 from rollout_server.http.sessions import Owner, Rewards, Sessions
 from rollout_server.http.turns import Turns
+from rollout_server.lifecycle.gate import Gate
 
 
 async def serving_app(

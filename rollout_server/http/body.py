@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from rollout_server.concurrency.race import Overtaken, unless
 from rollout_server.http.tokens import BadRequest
-from rollout_server.race import Overtaken, unless
 
 DEPTH = 64  # of objects and arrays in each other
 _LARGE = 1 << 63  # what vLLM's messages have no room for

@@ -10,12 +10,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.engine import compat
+from rollout_server import vllm_compat as compat
 from rollout_server.engine.sampling import neutral
 from rollout_server.http.accepted import Earlier
-from rollout_server.http.gate import Gate
 from rollout_server.http.options import Options
 from rollout_server.http.splice import Known, Message
+from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.tree import LOWEST_LOGPROB
 
 current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)

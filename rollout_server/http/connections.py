@@ -11,9 +11,9 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from rollout_server.concurrency.patience import Timer, overslept
 from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
-from rollout_server.patience import Timer, overslept
 
 _OTHER_FILES = 1024  # that this process has or may open besides connections
 

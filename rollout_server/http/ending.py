@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import json
 
+from rollout_server.concurrency.race import Overtaken, unless
 from rollout_server.http.errors import send_error
-from rollout_server.race import Overtaken, unless
 
 _MESSAGE = "the session of this request has ended"
 _KIND = "authentication_error"  # as for one that comes later

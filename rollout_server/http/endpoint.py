@@ -7,8 +7,6 @@ from typing import Any
 
 from rollout_server.config import RolloutConfig
 from rollout_server.http.app import layered, serving_app
-from rollout_server.http.gate import Gate
-from rollout_server.http.lag import LoopWatch
 from rollout_server.http.limits import Limits
 from rollout_server.http.listener import Listener, listen
 from rollout_server.http.native import Generate
@@ -18,7 +16,9 @@ from rollout_server.http.sessions import Sessions
 from rollout_server.http.taps import tap
 from rollout_server.http.texts import Texts
 from rollout_server.http.tgi import TextGeneration
-from rollout_server.journal import Journal
+from rollout_server.lifecycle.gate import Gate
+from rollout_server.observability.events import Journal
+from rollout_server.observability.loop_lag import LoopWatch
 
 
 class Endpoint:

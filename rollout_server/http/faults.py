@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from contextvars import ContextVar
 
-from rollout_server.engine import compat
+from rollout_server import vllm_compat as compat
 from rollout_server.errors import first_line
 from rollout_server.http.calls import current
 from rollout_server.http.errors import send_error

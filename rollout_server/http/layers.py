@@ -11,10 +11,10 @@ from rollout_server.http import routes
 from rollout_server.http.admission import Admission
 from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_error
-from rollout_server.http.gate import Gate, GateTimeout
 from rollout_server.http.limits import Limits
 from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION
+from rollout_server.lifecycle.gate import Gate, GateTimeout
 
 _RETRY = 5  # seconds to suggest
 

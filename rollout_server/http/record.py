@@ -19,7 +19,6 @@ from rollout_server.http.answers import CHAT, CONVERSATIONS, Stream, message_of
 from rollout_server.http.body import apart
 from rollout_server.http.calls import Call, Sample, current
 from rollout_server.http.errors import send_error
-from rollout_server.http.gate import Gate
 from rollout_server.http.history import History
 from rollout_server.http.intake import BODY, REQUEST, SIZE
 from rollout_server.http.options import NAMES, Options
@@ -28,6 +27,7 @@ from rollout_server.http.seen import note
 from rollout_server.http.sessions import SESSION, Live
 from rollout_server.http.splice import Known
 from rollout_server.http.tokens import BadRequest, carried, with_tokens
+from rollout_server.lifecycle.gate import Gate
 
 VERSION_HEADER = b"x-policy-version"
 _COMPLETIONS = "/v1/completions"

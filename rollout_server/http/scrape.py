@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rollout_server.engine import compat
-from rollout_server.metrics import Metrics
+from rollout_server import vllm_compat as compat
+from rollout_server.observability.metrics import Metrics
 
 _PATH = "/metrics"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.http import routes
-from rollout_server.journal import Journal
+from rollout_server.observability.events import Journal
 
 _NOTE = "rollout_note"  # in the ASGI scope
 _GONE = 499  # the client went away before an answer began

@@ -15,7 +15,7 @@ from rollout_server.http.intake import REQUEST
 from rollout_server.http.retries import Retries
 from rollout_server.http.routes import GEMINI, REWARD
 from rollout_server.http.seen import note
-from rollout_server.journal import Journal
+from rollout_server.observability.events import Journal
 from rollout_server.trajectories.session import Session
 
 _URL = re.compile(r"/sessions/([^/]+)(/.*)?")

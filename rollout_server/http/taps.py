@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rollout_server.engine import compat
+from rollout_server import vllm_compat as compat
 from rollout_server.http.calls import Call, Start, current
 from rollout_server.http.reasoning import Openings, tap_parsers
 from rollout_server.http.splice import Message, Splicer

@@ -12,7 +12,7 @@ from typing import Any
 
 from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
-from rollout_server.redact import SESSION_ID, SESSION_KEY
+from rollout_server.observability.redact import SESSION_ID, SESSION_KEY
 from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
 from rollout_server.trajectories.tree import Node, TokenTree
 

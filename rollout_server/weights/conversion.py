@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rollout_server.engine.plan import TensorSpec, View
-from rollout_server.engine.storages import identity
 from rollout_server.errors import UnsupportedModelError
+from rollout_server.weights.storages import identity
+from rollout_server.weights.wire import TensorSpec, View
 
 
 def views_of(model: Any, specs: Mapping[str, TensorSpec]) -> dict[str, list[View]]:

@@ -1,4 +1,4 @@
-"""`colocate="share"`: the trainer's side of one memory for both (see `engine/sharing.py`).
+"""`colocate="share"`: the trainer's side of one memory for both (see `worker/sharing.py`).
 
 The policy's parameters stay the same objects; their `data` becomes views of memory that is laid out
 as the engine computes with it. An optimizer step writes there, so the engine must be at rest then.
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from rollout_server.engine.sharing import ADDRESS, Layout
 from rollout_server.errors import ConfigError
-from rollout_server.weights.source import Source
+from rollout_server.weights.sources.base import Source
 from rollout_server.weights.transport import handle, shared_empty
+from rollout_server.weights.wire import ADDRESS, Layout
 
 
 def require_shareable(source: Source) -> None:

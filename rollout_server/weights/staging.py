@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rollout_server.engine.plan import Part, Piece, TensorSpec
 from rollout_server.weights.transport import shared_empty
+from rollout_server.weights.wire import Part, Piece, TensorSpec
 
 _ALIGN = 16
 

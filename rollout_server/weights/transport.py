@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from rollout_server.engine.plan import Part, Piece
 from rollout_server.errors import WeightSyncError
+from rollout_server.weights.wire import Part, Piece
 
 _SHM = "/dev/shm"
 _REMEDY = (

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server import RolloutConfig, attach
 from rollout_server.attach import serve
-from rollout_server.policy import Policy
-from rollout_server.weights import fsdp2
+from rollout_server.weights.policy import Policy
+from rollout_server.weights.sources import fsdp2
 
 MIB = 1 << 20
 

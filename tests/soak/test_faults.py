@@ -15,7 +15,7 @@ from support import MIB, large_step
 from transformers import AutoModelForCausalLM
 
 from rollout_server import attach
-from rollout_server.state import State
+from rollout_server.lifecycle.state import State
 
 CLIENTS = 64
 FAULTS = int(os.environ.get("ROLLOUT_SOAK_FAULTS", 100))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from rollout_server import attach
-from rollout_server.agents import run_agents
+from rollout_server.rollouts.agents import run_agents
 
 folder, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Threads, loops, deadlines and signals. Knows nothing of vLLM or of weights."""

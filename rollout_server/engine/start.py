@@ -1,0 +1,64 @@
+"""How a server's engine comes to be: one for this rank, or one for its group."""
+
+import os
+from typing import Any
+
+import torch
+
+from rollout_server.config import RolloutConfig
+from rollout_server.engine.arguments import engine_arguments, engine_variables
+from rollout_server.engine.engine import Engine
+from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.group import GroupEngine
+from rollout_server.engine.lora import adapter_arguments, use_adapter
+from rollout_server.ranks import Ranks
+from rollout_server.weights.conversion import views_of
+from rollout_server.weights.manifest import write_specs, write_views
+from rollout_server.weights.policy import Policy
+from rollout_server.weights.sources.base import Source
+from rollout_server.weights.transport import place
+
+
+async def start_engine(
+    policy: Policy,
+    config: RolloutConfig,
+    source: Source,
+    folder: str,
+    names: list[str],
+    sampling: dict[str, Any],
+    devices: list[str | None],
+    pids: list[int],
+) -> Engine:
+    """Start vLLM for a policy.
+
+    source: the policy's tensors, of which names and shapes are looked at; folder: of the server;
+    names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
+    `device_name` of each worker's; pids: takes the ids of the engine's processes.
+    """
+    from vllm.platforms import current_platform
+
+    dtype = policy.dtype if config.dtype == "auto" else config.dtype
+    untied = "lm_head.weight" in source.specs
+    write_model_folder(folder, policy.bare, policy.tokenizer, dtype, untied)
+    write_specs(folder, source.specs)
+    write_views(folder, views_of(policy.bare, source.specs))
+    on_cpu = current_platform.is_cpu()
+    arguments = engine_arguments(config, folder, names, dtype, sampling, policy.seed, on_cpu)
+    if source.adapter is not None:
+        arguments = adapter_arguments(source.adapter) | arguments
+    eager = bool(arguments.get("enforce_eager"))
+    variables = engine_variables(on_cpu, eager, devices, folder)
+    log = os.path.join(folder, "engine.log")
+    engine = await Engine.start(arguments, variables, log, pids)
+    if source.adapter is not None:
+        use_adapter(engine.client, config.served_model_name)
+    return engine
+
+
+async def join_group(
+    engine: Engine | None, policy: Policy, config: RolloutConfig, group: Ranks
+) -> GroupEngine:
+    """All ranks of a group at once, the first with the engine that it has started."""
+    device = torch.device("cpu" if policy.gpu is None else f"cuda:{policy.gpu}")
+    timeout = max(config.start_timeout, config.transition_time)
+    return await GroupEngine.join(engine, group, place(device, group.rank), timeout)

@@ -1,0 +1,1 @@
+"""The server's state, and the one order in which it changes."""

@@ -1,0 +1,196 @@
+"""What transitions are made of: steps of the engine, and what becomes of the server if one fails.
+
+An engine that dies, or that doesn't do what it is asked in time and is ended for it, leaves the
+server down, and is started anew on the way to "awake". What else fails after the gate was closed
+and can't be undone marks the server broken and tells every held request.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server.concurrency.patience import patient
+from rollout_server.config import RolloutConfig
+from rollout_server.engine.engine import Engine
+from rollout_server.engine.group import of_first
+from rollout_server.errors import (
+    DeadlineError,
+    EngineDeadError,
+    EngineStartError,
+    EngineTimeoutError,
+    RankError,
+    first_line,
+)
+from rollout_server.lifecycle.gate import Gate
+from rollout_server.lifecycle.restarts import Restarts
+from rollout_server.lifecycle.state import State, StateBox
+from rollout_server.observability.events import Journal
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a sync that was interrupted leaves to the next one: an engine at rest, `asleep` but for
+    its weights' memory or a `fresh` one, whose weights are written in part."""
+
+    asleep: bool
+    fresh: bool
+
+
+class Steps:
+    """Runs on the server's loop, in transitions, which hold `turn` meanwhile.
+
+    Attributes:
+        turn: one transition at a time.
+        version: of the policy.
+        restarts: how many are left.
+        unfinished: of a sync, in the state "syncing"; None but there, and while a sync is at it.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate, journal: Journal,
+        beside_start: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):  # fmt: skip
+        """beside_start: what the trainer's side does while an engine starts anew."""
+        self.config = config
+        self.engine = engine
+        self.box = box
+        self.gate = gate
+        self.journal = journal
+        self._beside_start = beside_start
+        self.turn = asyncio.Lock()
+        self.restarts = Restarts(config.restarts)
+        self.version = -1  # the first sync, at attach, makes it 0
+        self.unfinished: Unfinished | None = None
+
+    @property
+    def down(self) -> bool:
+        """Whether the engine has died and the next transition to "awake" starts another."""
+        return self.box.state is State.DOWN
+
+    async def rest(self) -> None:
+        """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
+        self.box.move(State.CLOSING_GATE)
+        self.gate.close()
+        what = "bringing running requests to rest"
+        with self.breaking(what):
+            await self._let_finish()
+            async with self.deadline(self.config.sleep_timeout, what):
+                await self.engine.pause()
+
+    async def fall_asleep(self) -> None:
+        """From rest."""
+        with self.breaking("falling asleep"):
+            async with self.deadline(self.config.sleep_timeout, "falling asleep"):
+                await self.engine.sleep()
+            self.box.move(State.ASLEEP)
+
+    async def leave_unfinished(self) -> None:
+        """Fall asleep from a sync that was interrupted."""
+        fresh, self.unfinished = self.unfinished.fresh, None
+        if not fresh:
+            await self.fall_asleep()
+            return
+        self.engine.kill()  # it has no requests yet, and can't be given them asleep
+        self.box.move(State.ASLEEP)
+
+    async def revive(self) -> None:
+        """Start engines until one runs; `EngineDeadError` when the restarts are used up."""
+        while True:
+            await asyncio.sleep(self.restarts.delay())
+            started = time.perf_counter()
+            try:
+                with self._beside_start():
+                    async with patient(self.config.start_timeout):
+                        await self.engine.restart()
+                self.restarts.succeeded()
+                self.journal.restarted(time.perf_counter() - started)
+                return
+            except (EngineStartError, EngineDeadError, TimeoutError) as error:
+                self.engine.kill()
+                self.restarts.failed()
+                self.journal.not_restarted(first_line(error))
+
+    async def _let_finish(self) -> None:
+        """Return when no request runs that is to finish first; awake again if it takes too long."""
+        limit, doing = self.config.drain_timeout, "letting running requests finish"
+        try:
+            async with patient(limit):
+                if self.config.in_flight == "drain":
+                    await self.engine.drain()
+                else:
+                    await of_first(self.engine, doing, self._finish)
+        except (TimeoutError, RankError) as error:
+            self.box.move(State.AWAKE)
+            self.gate.open()
+            if isinstance(error, RankError):
+                raise
+            raise DeadlineError(
+                f"{doing}: not done after drain_timeout={limit:g} s; the server is awake as before"
+            ) from None
+
+    async def _finish(self) -> None:
+        """Of those that asked for it."""
+        while self.gate.to_finish:
+            self.engine.require_alive()
+            await asyncio.sleep(0.01)
+
+    @contextlib.contextmanager
+    def unless_down(self) -> Iterator[None]:
+        """Leaves the block where the engine has ended in it and another may be started."""
+        try:
+            yield
+        except (EngineDeadError, EngineTimeoutError):
+            if not self.down:
+                raise
+
+    @contextlib.contextmanager
+    def breaking(self, doing: str) -> Iterator[None]:
+        """If the block raises in a transition, its engine is in an unknown condition: the server is
+        down, or broken where that can't be mended."""
+        try:
+            yield
+        except BaseException as error:
+            if self.box.state is not State.AWAKE:
+                self.lose_or_break(doing, error)
+            raise
+
+    def lose_or_break(self, doing: str, error: BaseException) -> None:
+        """After `error`: down if it is the engine's end and another may be started, else broken."""
+        if self.box.state is State.CLOSED:
+            return
+        why = f"{doing}: {first_line(error)}"
+        lost = isinstance(error, (EngineDeadError, EngineTimeoutError)) or self.engine.dead
+        if not (lost and self.restarts.left and self.version >= 0):
+            self.break_(why)
+            return
+        self.journal.died(why)
+        self.gate.close()
+        self.engine.kill()
+        self.box.move(State.DOWN)
+
+    def break_(self, why: str) -> None:
+        """Only `close()` is left; all who wait are told."""
+        self.box.break_(why)
+        self.journal.broke(why)
+        self.gate.shut(f"the engine is broken: {why}")
+        self.engine.give_up(why)
+
+    @contextlib.asynccontextmanager
+    async def deadline(self, seconds: float, what: str) -> AsyncIterator[None]:
+        """For calls into the engine: `EngineTimeoutError` tells the state of both sides."""
+        try:
+            async with patient(seconds):
+                yield
+        except TimeoutError:
+            raise EngineTimeoutError(
+                f"{what}: not done after {seconds:g} s; the server is {self.box.state} at policy "
+                f"version {self.version}, the engine's {self.engine.condition}"
+            ) from None
+
+
+async def to_its_end(work: Callable[..., Coroutine], *args: Any) -> Any:
+    """The caller's cancellation (its deadline, Ctrl-C) doesn't stop `work` half-way."""
+    return await asyncio.shield(asyncio.ensure_future(work(*args)))

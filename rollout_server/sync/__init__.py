@@ -1,0 +1,1 @@
+"""A weight sync, from the trainer's side."""

@@ -1,0 +1,184 @@
+"""The policy's weights by the names under which vLLM expects them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rollout_server.errors import UnsupportedModelError, WeightSyncError
+from rollout_server.weights.staging import Staging
+from rollout_server.weights.wire import Part, Piece, TensorSpec
+
+# What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing,
+# FSDP1.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: live tensors by PEFT's names, and what each `lora_B` is multiplied with."""
+
+    tensors: Mapping[str, torch.Tensor]
+    scaling: Mapping[str, float]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def part(self) -> Part:
+        """Apart from the base's parts, which are numbered from 0."""
+        return Part(-1, True, whole_pieces(self.tensors))
+
+
+class Source:
+    """The policy's tensors as they are now. This one is for tensors that are there in full.
+
+    Attributes:
+        specs: name to shape and dtype of each tensor.
+        collective: whether all ranks must walk through `parts` together.
+        staged_from: number of the first part that is put together in `Staging`; None: none is.
+        adapter: goes besides the parts, which are its base then.
+        frozen_state: differs where tensors that aren't trained have changed; None: all are trained.
+    """
+
+    collective = False
+    adapter: Adapter | None = None
+    frozen_state: tuple | None = None
+    staged_from: int | None = None
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+        self.specs = {
+            name: TensorSpec(tuple(t.shape), t.dtype, not isinstance(t, torch.nn.Parameter))
+            for name, t in tensors.items()
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The live tensors by name."""
+        return self._tensors
+
+    def only(self, names: Iterable[str]) -> "Source":
+        """The source of some of the tensors."""
+        return Source({name: self._tensors[name] for name in names})
+
+    def parts(self, staging: Staging) -> Iterator[Part]:
+        """All tensors, part by part; a part may be overwritten when the next but one is asked for.
+
+        These are the live tensors: one part, and nothing is copied. `staging` is for those that
+        have to be put together.
+        """
+        pieces = whole_pieces(self._tensors)
+        if pieces:
+            yield Part(0, True, pieces)
+
+    def trained_parts(self, staging: Staging) -> Iterator[Part]:
+        """The parts without what is frozen."""
+        return self.parts(staging)
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity."""
+        return not_finite(self._tensors.items())
+
+
+def require_same(
+    then: Mapping[str, TensorSpec], now: Mapping[str, TensorSpec], dtypes: bool
+) -> None:
+    """`WeightSyncError` unless the policy has the tensors that the engine was started for.
+
+    dtypes: whether these must be the same too; a copy casts, and mixed precision changes them.
+    """
+    lines = [f"{name} is gone" for name in then.keys() - now.keys()]
+    lines += [f"{name} {now[name].shape} is new" for name in now.keys() - then.keys()]
+    for name in then.keys() & now.keys():
+        old, new = then[name], now[name]
+        if old.shape != new.shape:
+            lines.append(f"{name} had shape {old.shape}, has {new.shape}")
+        elif dtypes and old.dtype != new.dtype:
+            lines.append(f"{name} had {old.dtype}, has {new.dtype}")
+    if lines:
+        raise WeightSyncError(
+            "the policy's tensors aren't those that the engine was started for; nothing was "
+            "written. close() the server and attach() again. " + "; ".join(sorted(lines))
+        )
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; reads each once, allocates nothing."""
+    names, extremes = [], []
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            names.append(name)
+            extremes += [bound.float() for bound in torch.aminmax(tensor.detach())]
+    if not names:
+        return []
+    finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()  # one synchronisation
+    return [name for name, good in zip(names, finite, strict=True) if not good]
+
+
+def bare_model(model: Any) -> torch.nn.Module:
+    """The module inside DDP, torch.compile and DeepSpeed's engine."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def architecture(model: Any) -> torch.nn.Module:
+    """The module with the config, inside all wrappers: FSDP1's and PEFT's too."""
+    model = bare_model(model)
+    if type(model).__name__ == "FullyShardedDataParallel":
+        return architecture(model.module)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return architecture(model.get_base_model())
+    return model
+
+
+def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters and persistent buffers, not those of its children."""
+    derived = module._non_persistent_buffers_set
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None and name not in derived:
+            yield name, tensor
+
+
+def whole_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """Tensors that are there in full, as pieces."""
+    return [Piece(name, 0, tensor.detach()) for name, tensor in tensors.items()]
+
+
+def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Name to tensor, of every parameter and persistent buffer, as a checkpoint names them.
+
+    Tied tensors come once, under their first name, where the config says that they are tied.
+    The tensors are the live ones: nothing is copied.
+    """
+    model = bare_model(model)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():  # one walk: this runs at every sync
+        for name, tensor in own_tensors(module):
+            if tied and id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            tensors[plain_name(f"{path}.{name}" if path else name)] = tensor
+    if not tensors:
+        raise UnsupportedModelError(f"{type(model).__name__} has no parameters to serve")
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device, without values; load the weights before attach()"
+            )
+    return tensors
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
