@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import signal
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ class Terminal:
         self.screen = b""
         self.pid, self._end = pty.fork()
         if self.pid == 0:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)  # nohup and scripts have them ignored
             os.environ["PS1"] = "$ "
             os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
         os.set_blocking(self._end, False)
@@ -64,7 +67,10 @@ def terminal(tmp_path, tiny_folder):
     children = shell.children(recursive=True)
     terminal.close()
     _, alive = psutil.wait_procs(children, 10)
-    assert not alive, [p.cmdline() for p in alive]
+    left = [process.cmdline() for process in alive]
+    for process in alive:
+        process.kill()
+    assert not left
 
 
 def test_at_a_terminal(terminal):
