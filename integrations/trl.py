@@ -10,9 +10,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rollout_server.integrations.trl_agents import AgentRollouts
-from rollout_server.integrations.trl_checks import check, check_rollout
-from rollout_server.integrations.trl_generation import EngineGeneration, sampling_of
 from transformers import TrainerCallback
 
 from rollout_server.attach import refuse_second, serve
@@ -23,6 +20,10 @@ from rollout_server.observability.logs import GENERAL
 from rollout_server.rollouts.agents import Agent
 from rollout_server.server import RolloutServer
 from rollout_server.weights.policy import Policy
+
+from .trl_agents import AgentRollouts
+from .trl_checks import check, check_rollout
+from .trl_generation import EngineGeneration, sampling_of
 
 
 def recognises(thing: Any) -> bool:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from rollout_server.integrations.trl_generation import generation_fields, sampling_of
 from transformers import GenerationConfig
 
 from rollout_server import vllm_compat as compat
@@ -14,6 +13,8 @@ from rollout_server.config import RolloutConfig
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import NotAvailableError, SamplingError, TrainerError
+
+from .trl_generation import generation_fields, sampling_of
 
 # Trainers that generate, and how.
 _OTHERS = {

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-from rollout_server.integrations.trl_measures import Runs, logp_difference, truncated_mass
-
 from rollout_server.completion import Completion
+from rollout_server.engine.sampling import structured_outputs
 from rollout_server.errors import NotAvailableError
 from rollout_server.lifecycle.state import State
 from rollout_server.server import RolloutServer
+
+from .trl_measures import Runs, logp_difference, truncated_mass
 
 
 class EngineGeneration:
@@ -122,12 +123,10 @@ def sampling_of(trainer: Any) -> dict[str, Any]:
 
 def generation_fields(trainer: Any) -> dict[str, Any]:
     """The fields of the trainer's own rollouts, over the server's defaults."""
-    from vllm.sampling_params import StructuredOutputsParams
-
     fields = sampling_of(trainer) | dict(trainer.args.generation_kwargs or {})
     regex = getattr(trainer.args, "vllm_structured_outputs_regex", None)
     if regex is not None:
-        fields["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        fields["structured_outputs"] = structured_outputs(regex=regex)
     elif isinstance(fields.get("structured_outputs"), dict):
-        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+        fields["structured_outputs"] = structured_outputs(**fields["structured_outputs"])
     return fields

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rollout_server.vllm_compat import require_vllm
+
 
 class Sample(NamedTuple):
     """Seconds, and those of the memcpy of the same round."""
@@ -20,13 +22,11 @@ class Sample(NamedTuple):
 
 def machine(device: str) -> dict[str, Any]:
     """What ran it."""
-    import vllm
-
     told: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "processor": _processor()}
     if device != "cpu":
         told["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return told | {"threads": torch.get_num_threads()} | versions | {"vllm": vllm.__version__}
+    return told | {"threads": torch.get_num_threads()} | versions | {"vllm": require_vllm()}
 
 
 def _processor() -> str:
