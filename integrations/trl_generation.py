@@ -41,10 +41,10 @@ class EngineGeneration:
     def generate(
         self,
         prompts: list[list[int]],
-        images: list | None = None,
+        images: list[Any] | None = None,
         num_generations: int = 1,
         profiler: Any = None,
-    ) -> tuple[list, list, list, list]:
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """One completion for each of `prompts`, in their order.
 
         prompts: token ids; repeated already, so `num_generations` isn't needed here. One that a
@@ -58,7 +58,7 @@ class EngineGeneration:
             raise NotAvailableError(
                 "the prompts hold images, which this version can't generate from; train on text"
             )
-        if self._server.state is State.ASLEEP:  # asked again without a new optimizer step
+        if self._asleep:  # asked again without a new optimizer step
             self.sync_weights()
         started = time.perf_counter()
         with profiler or nullcontext():
@@ -89,8 +89,12 @@ class EngineGeneration:
         if self._server.state not in (State.ASLEEP, State.BROKEN, State.CLOSED):
             started = time.perf_counter()
             self._server.sleep()
-            if self._server.state is State.ASLEEP:
+            if self._asleep:
                 self.log("seconds_sleep", time.perf_counter() - started)
+
+    @property
+    def _asleep(self) -> bool:
+        return self._server.state is State.ASLEEP
 
     def log_difference(self, batch: dict[str, Any]) -> None:
         """Log how far the engine's log-probabilities are from the trainer's, per token; apart from

@@ -17,7 +17,7 @@ from rollout_server.engine.spawn import set_variables
 ENGINE_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
 
 
-def accepting_pickles() -> contextlib.AbstractContextManager:
+def accepting_pickles() -> contextlib.AbstractContextManager[None]:
     """For engines that are started meanwhile."""
     return set_variables({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
 

@@ -65,7 +65,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{model['bytes'] / 1e9:.3f} GB in {model['tensors']} tensors"
     )
     lines += ["", ", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
-    heads = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
+    heads: tuple[str, ...] = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
     heads += ("/ memcpy: medians", "minima", "median of rounds")
     lines += _row(*heads) + _rule(len(heads))
     for way, told in result["ways"].items():

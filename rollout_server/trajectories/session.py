@@ -8,7 +8,7 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
@@ -36,7 +36,8 @@ class Session:
     """
 
     def __init__(
-        self, server_url: str, clients: tuple[Callable, Callable], forget: Callable,
+        self, server_url: str, clients: tuple[Callable[..., Any], Callable[..., Any]],
+        forget: Callable[["Session"], object],
         metadata: Mapping[str, Any], recorded: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
@@ -155,7 +156,7 @@ class Session:
         with self._lock:
             return rows(self.tree, self._reward, self._components, self.metadata)
 
-    def rollout(self, choose: str = "last") -> Rollout | None:
+    def rollout(self, choose: Literal["last", "most"] = "last") -> Rollout | None:
         """One row for all of it, None where nothing was sampled; see `export.single_row`."""
         with self._lock:
             row = self.tree, self._reward, self._components, self.metadata
