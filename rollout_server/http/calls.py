@@ -76,7 +76,8 @@ class Start:
 
 @dataclass
 class Call:
-    """
+    """What is known of a request on its way to the engine and back.
+
     known: finds the tokens of an earlier answer, given the messages as the template gets them and
     what else it gets; carried: whether they came from the client, which may have edited them.
     must_see: whether its prompt is a conversation that must be rendered where taps.py sees it;

@@ -60,6 +60,7 @@ class AgentLoop:
 
     @property
     def blocked(self) -> bool:
+        """Whether something that was asked of it is unanswered for too long."""
         asked = self._asked
         return asked is not None and time.monotonic() - asked > _BLOCKED
 
@@ -78,6 +79,7 @@ class AgentLoop:
         self._call(tidy)
 
     def join(self, seconds: float) -> None:
+        """Wait for its end, at most so many seconds."""
         self._thread.join(max(0.0, seconds))
 
     def _call(self, work: Callable[[], None]) -> None:
@@ -119,6 +121,7 @@ class AgentLoops:
 
     @property
     def current(self) -> AgentLoop:
+        """The loop that agents which begin now run on."""
         with self._lock:
             if not self._loops:
                 self._loops.append(AgentLoop())

@@ -37,6 +37,7 @@ class Outcome:
 
     @property
     def turns(self) -> int:
+        """How many calls of the policy were recorded."""
         return len(self.session.tree.calls)
 
 

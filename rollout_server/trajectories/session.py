@@ -87,6 +87,7 @@ class Session:
 
     @property
     def on_sync(self) -> str:
+        """What a sync or a sleep does to a running request that doesn't say; see the class."""
         return self._on_sync
 
     @on_sync.setter
@@ -98,6 +99,7 @@ class Session:
 
     @property
     def unmasked_logprobs(self) -> bool:
+        """Whether the model's own log-probabilities are recorded too; see the class."""
         return self._unmasked_logprobs
 
     @unmasked_logprobs.setter
@@ -110,6 +112,7 @@ class Session:
 
     @property
     def reward(self) -> float | None:
+        """The rollout's reward; None until it has one."""
         return self._reward
 
     @reward.setter
@@ -141,6 +144,7 @@ class Session:
 
     @property
     def ended(self) -> bool:
+        """Whether it takes no more calls."""
         return self._ended
 
     def end(self) -> None:
