@@ -8,7 +8,7 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
@@ -16,6 +16,10 @@ from rollout_server.observability.redact import SESSION_ID, SESSION_KEY
 from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
 from rollout_server.trajectories.tree import Node, TokenTree
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
+
+_Clients = tuple[Callable[..., "OpenAI"], Callable[..., "AsyncOpenAI"]]
 _numbers = itertools.count(1)
 
 
@@ -36,8 +40,7 @@ class Session:
     """
 
     def __init__(
-        self, server_url: str, clients: tuple[Callable[..., Any], Callable[..., Any]],
-        forget: Callable[["Session"], object],
+        self, server_url: str, clients: _Clients, forget: Callable[["Session"], object],
         metadata: Mapping[str, Any], recorded: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
@@ -73,11 +76,11 @@ class Session:
             "ANTHROPIC_API_KEY": self.api_key,
         }
 
-    def openai(self, **options: Any) -> Any:
+    def openai(self, **options: Any) -> "OpenAI":
         """A ready `openai.OpenAI` client; options are its own."""
         return self._openai(**(self._own | options))
 
-    def async_openai(self, **options: Any) -> Any:
+    def async_openai(self, **options: Any) -> "AsyncOpenAI":
         """A ready `openai.AsyncOpenAI` client; options are its own."""
         return self._async_openai(**(self._own | options))
 
