@@ -39,9 +39,11 @@ soak: setup ## faults, fuzzing, memory, for long (ROLLOUT_FUZZ_CASES, ROLLOUT_SO
 bench: setup ## benchmarks, with their figures
 	python -m pytest -q -s tests/benchmarks
 
-lint: setup ## ruff's checks and formatting
+lint: setup ## the rules: ruff's checks and formatting, who imports whom, types
 	ruff check .
 	ruff format --check .
+	lint-imports --no-logo
+	mypy
 
 format: setup ## apply ruff's formatting and its safe fixes
 	ruff check --fix .
@@ -51,5 +53,5 @@ lock: setup ## resolve requirements/cpu.in anew
 	scripts/lock.sh
 
 clean: ## remove .venv, runs and caches
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,7 +61,8 @@ def training_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 def violations(row: Row) -> list[str]:
     """Where a result row's turns aren't one sequence of tokens; empty as it should be."""
-    found, seen = [], []
+    found: list[str] = []
+    seen: list[int] = []
     for number, turn in enumerate(turns(row), 1):
         prompt, ids = turn["prompt_token_ids"], turn["generation_token_ids"]
         if prompt[: len(seen)] != seen:

@@ -10,9 +10,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rollout_server.integrations.trl_agents import AgentRollouts
-from rollout_server.integrations.trl_checks import check, check_rollout
-from rollout_server.integrations.trl_generation import EngineGeneration, sampling_of
 from transformers import TrainerCallback
 
 from rollout_server.attach import refuse_second, serve
@@ -23,6 +20,10 @@ from rollout_server.observability.logs import GENERAL
 from rollout_server.rollouts.agents import Agent
 from rollout_server.server import RolloutServer
 from rollout_server.weights.policy import Policy
+
+from .trl_agents import AgentRollouts
+from .trl_checks import check, check_rollout
+from .trl_generation import EngineGeneration, sampling_of
 
 
 def recognises(thing: Any) -> bool:
@@ -66,7 +67,7 @@ class _SyncAtTheEnd(TrainerCallback):
     def __init__(self, server: RolloutServer):
         self._server = server
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._server.state not in (State.BROKEN, State.CLOSED):
             self._server.sync_weights()
 
@@ -80,7 +81,7 @@ class _Work:
         self._server = server
         self._going_on = False
 
-    def wrapped(self, method: Callable) -> Callable:
+    def wrapped(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the trainer's that is work: train, evaluate, predict."""
 
         @functools.wraps(method)
@@ -136,7 +137,7 @@ def _bind(
     mode = trainer.vllm_mode
 
     @functools.wraps(generate)
-    def generate_then_sleep(*args, **kwargs):
+    def generate_then_sleep(*args: Any, **kwargs: Any) -> Any:
         # Around the whole rollout: a tool loop asks for completions many times.
         if server.state is State.ASLEEP:
             trainer._last_loaded_step = -1  # has no weights now: let TRL sync
@@ -148,7 +149,7 @@ def _bind(
     agents = None if rollout is None else AgentRollouts(server, config, rollout, generation)
 
     @functools.wraps(score)
-    def score_and_compare(inputs, *args, **kwargs):
+    def score_and_compare(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if agents is not None:
             agents.examples = inputs
         batch = score(inputs, *args, **kwargs)
@@ -162,7 +163,7 @@ def _bind(
         "_generate_and_score_completions": score_and_compare,
     } | {name: work.wrapped(getattr(trainer, name)) for name in ("train", "evaluate", "predict")}
 
-    def unbind():
+    def unbind() -> None:
         trainer.use_vllm, trainer.vllm_mode = False, mode
         for name in own:
             delattr(trainer, name)

@@ -4,7 +4,6 @@ import sys
 import time
 from typing import Any
 
-from rollout_server.integrations.trl_generation import EngineGeneration
 from tqdm.auto import tqdm
 
 from rollout_server.completion import prompt_list, text_tokenizer
@@ -13,6 +12,8 @@ from rollout_server.errors import TrainerError
 from rollout_server.rollouts.agents import Agent, Outcome, run_agents
 from rollout_server.server import RolloutServer
 from rollout_server.trajectories.export import Rollout, trl_rows
+
+from .trl_generation import EngineGeneration
 
 
 class AgentRollouts:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from rollout_server.integrations.trl_generation import generation_fields, sampling_of
 from transformers import GenerationConfig
 
 from rollout_server import vllm_compat as compat
@@ -14,6 +13,8 @@ from rollout_server.config import RolloutConfig
 from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import NotAvailableError, SamplingError, TrainerError
+
+from .trl_generation import generation_fields, sampling_of
 
 # Trainers that generate, and how.
 _OTHERS = {
@@ -29,7 +30,7 @@ _ELSEWHERE = {
     "seed": "with one seed all completions of a prompt would be the same; set the config's seed",
 }
 # Fields that make another distribution than the policy's of it, and their values that don't.
-_WHOLE = {
+_WHOLE: dict[str, tuple[Any, ...]] = {
     "top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "min_tokens": (0, None),
     "bad_words": ([], None), "allowed_token_ids": (None,), "repetition_penalty": (1, None),
     "presence_penalty": (0, None), "frequency_penalty": (0, None), "logit_bias": ({}, None),
@@ -117,7 +118,7 @@ def _refuse_kind(trainer: Any, kind: str) -> None:
 def _refuse_images(trainer: Any) -> None:
     """By the columns of the data sets, and by their first prompts."""
     for name in ("train_dataset", "eval_dataset"):
-        given = getattr(trainer, name, None)
+        given: Any = getattr(trainer, name, None)
         for data in given.values() if isinstance(given, Mapping) else [given]:
             columns = getattr(data, "column_names", None) or ()
             found = [column for column in _IMAGES if column in columns]

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
-from rollout_server.integrations.trl_measures import Runs, logp_difference, truncated_mass
-
 from rollout_server.completion import Completion
+from rollout_server.engine.sampling import structured_outputs
 from rollout_server.errors import NotAvailableError
 from rollout_server.lifecycle.state import State
 from rollout_server.server import RolloutServer
+
+from .trl_measures import Runs, logp_difference, truncated_mass
 
 
 class EngineGeneration:
@@ -40,10 +41,10 @@ class EngineGeneration:
     def generate(
         self,
         prompts: list[list[int]],
-        images: list | None = None,
+        images: list[Any] | None = None,
         num_generations: int = 1,
         profiler: Any = None,
-    ) -> tuple[list, list, list, list]:
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """One completion for each of `prompts`, in their order.
 
         prompts: token ids; repeated already, so `num_generations` isn't needed here. One that a
@@ -57,7 +58,7 @@ class EngineGeneration:
             raise NotAvailableError(
                 "the prompts hold images, which this version can't generate from; train on text"
             )
-        if self._server.state is State.ASLEEP:  # asked again without a new optimizer step
+        if self._asleep:  # asked again without a new optimizer step
             self.sync_weights()
         started = time.perf_counter()
         with profiler or nullcontext():
@@ -88,8 +89,12 @@ class EngineGeneration:
         if self._server.state not in (State.ASLEEP, State.BROKEN, State.CLOSED):
             started = time.perf_counter()
             self._server.sleep()
-            if self._server.state is State.ASLEEP:
+            if self._asleep:
                 self.log("seconds_sleep", time.perf_counter() - started)
+
+    @property
+    def _asleep(self) -> bool:
+        return self._server.state is State.ASLEEP
 
     def log_difference(self, batch: dict[str, Any]) -> None:
         """Log how far the engine's log-probabilities are from the trainer's, per token; apart from
@@ -122,12 +127,10 @@ def sampling_of(trainer: Any) -> dict[str, Any]:
 
 def generation_fields(trainer: Any) -> dict[str, Any]:
     """The fields of the trainer's own rollouts, over the server's defaults."""
-    from vllm.sampling_params import StructuredOutputsParams
-
     fields = sampling_of(trainer) | dict(trainer.args.generation_kwargs or {})
     regex = getattr(trainer.args, "vllm_structured_outputs_regex", None)
     if regex is not None:
-        fields["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        fields["structured_outputs"] = structured_outputs(regex=regex)
     elif isinstance(fields.get("structured_outputs"), dict):
-        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+        fields["structured_outputs"] = structured_outputs(**fields["structured_outputs"])
     return fields

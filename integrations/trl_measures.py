@@ -55,7 +55,7 @@ def truncated_mass(batch: dict[str, Any], masked: Iterable[Runs] = ()) -> float 
 
 def _trained(batch: dict[str, Any]) -> torch.Tensor | None:
     """Which tokens the trainer trains on, (B, T)."""
-    mask = batch.get("completion_mask")
+    mask: torch.Tensor | None = batch.get("completion_mask")
     if mask is None:
         return None
     mask = mask.detach().cpu().bool()
@@ -77,5 +77,5 @@ def _gap(batch: dict[str, Any], counted: torch.Tensor) -> torch.Tensor | None:
     trained, sampled = batch.get("old_per_token_logps"), batch.get("sampling_per_token_logps")
     if trained is None or sampled is None:
         return None
-    gap = (trained - sampled).detach().float().cpu()
+    gap: torch.Tensor = (trained - sampled).detach().float().cpu()
     return gap[counted & ~gap.isnan()]

@@ -5,6 +5,8 @@ from rollout_server import attach
 server = attach(trainer)            # or attach(model, tokenizer)
 """
 
+from typing import TYPE_CHECKING
+
 try:
     from rollout_server.attach import attach
     from rollout_server.completion import Completion
@@ -16,13 +18,15 @@ try:
 except Exception as _error:  # a broken installation; rollout_server.doctor must still run in it
     _broken = _error
 
-    def __getattr__(name):
-        if name in __all__:
-            raise ImportError(
-                f"rollout_server can't be imported: {type(_broken).__name__}: {_broken}; "
-                "`python -m rollout_server.doctor` says what to do"
-            ) from _broken
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not TYPE_CHECKING:  # to which every name would be one of the module's
+
+        def __getattr__(name):
+            if name in __all__:
+                raise ImportError(
+                    f"rollout_server can't be imported: {type(_broken).__name__}: {_broken}; "
+                    "`python -m rollout_server.doctor` says what to do"
+                ) from _broken
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from rollout_server.engine.spawn import set_variables
 ENGINE_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
 
 
-def accepting_pickles() -> contextlib.AbstractContextManager:
+def accepting_pickles() -> contextlib.AbstractContextManager[None]:
     """For engines that are started meanwhile."""
     return set_variables({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
 
@@ -43,7 +43,7 @@ async def transfer(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _update(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """(fields of vLLM's `IPCWeightTransferUpdateInfo`, tensors that must live until it is done)"""
+    """(fields of vLLM's `IPCWeightTransferUpdateInfo`, tensors that must live until it is done)."""
     from torch.multiprocessing.reductions import reduce_tensor
 
     device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -32,15 +32,16 @@ def load(given: Any, device: str) -> tuple[str, Any, Any]:
 
     dtype = getattr(torch, given.dtype or ("float32" if device == "cpu" else "bfloat16"))
     own = {name: value for name in FIELDS if (value := getattr(given, name)) is not None}
+    model: Any
     if not given.model:
         model = _random_llama(given.preset, own, dtype, device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         return f"llama-{millions:.0f}m" if own else given.preset, model, _tokenizer()
     if own:
         raise SystemExit(f"--model and --{next(iter(own))} exclude each other")
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
     name = os.path.basename(os.path.normpath(given.model))
-    return name, model, AutoTokenizer.from_pretrained(given.model)
+    return name, model.to(device), AutoTokenizer.from_pretrained(given.model)
 
 
 def _random_llama(preset: str, own: dict[str, int], dtype: torch.dtype, device: str) -> Any:

@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,9 @@ def _attached(
         yield server, usable
 
 
-def _copying(server: RolloutServer, policy: Any, wanted: tuple[str, ...], usable: bool) -> list:
+def _copying(
+    server: RolloutServer, policy: Any, wanted: tuple[str, ...], usable: bool
+) -> list[Way]:
     """The ways into an engine with weights of its own."""
     by_name = {
         "planned": Way("planned", lambda: _seconds(server.sync_weights)),
@@ -155,7 +157,8 @@ def _measure(
         _prove(way, policy, server)
     memcpy = _memcpy(nbytes, like)
     memcpy()
-    samples: dict[str, list[report.Sample]] = {"memcpy": []} | {way.name: [] for way in ways}
+    samples: dict[str, list[report.Sample]] = {"memcpy": []}
+    samples |= {way.name: [] for way in ways}
     for number in range(rounds):
         base = memcpy()
         samples["memcpy"].append(report.Sample(base, base))
@@ -216,7 +219,8 @@ def _per_parameter(server: RolloutServer, policy: Any) -> Callable[[], float]:
             return time.perf_counter() - started
 
         with _resting(server) as at_rest:
-            return at_rest(load)
+            seconds: float = at_rest(load)
+        return seconds
 
     return run
 
@@ -229,13 +233,16 @@ def _ipc(server: RolloutServer, policy: Any) -> Callable[[], float]:
 
     def run() -> float:
         with _resting(server) as at_rest:
-            return at_rest(load)
+            seconds: float = at_rest(load)
+        return seconds
 
     return run
 
 
 @contextlib.contextmanager
-def _resting(server: RolloutServer) -> Iterator[Callable[[Callable], Any]]:
+def _resting(
+    server: RolloutServer,
+) -> Iterator[Callable[[Callable[[Any], Coroutine[Any, Any, Any]]], Any]]:
     """The engine is at rest meanwhile; takes functions that are given it, and awaits them."""
 
     def call(work: Any) -> Any:

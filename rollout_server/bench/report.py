@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rollout_server.vllm_compat import require_vllm
+
 
 class Sample(NamedTuple):
     """Seconds, and those of the memcpy of the same round."""
@@ -20,13 +22,11 @@ class Sample(NamedTuple):
 
 def machine(device: str) -> dict[str, Any]:
     """What ran it."""
-    import vllm
-
     told: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "processor": _processor()}
     if device != "cpu":
         told["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return told | {"threads": torch.get_num_threads()} | versions | {"vllm": vllm.__version__}
+    return told | {"threads": torch.get_num_threads()} | versions | {"vllm": require_vllm()}
 
 
 def _processor() -> str:
@@ -65,7 +65,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{model['bytes'] / 1e9:.3f} GB in {model['tensors']} tensors"
     )
     lines += ["", ", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
-    heads = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
+    heads: tuple[str, ...] = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
     heads += ("/ memcpy: medians", "minima", "median of rounds")
     lines += _row(*heads) + _rule(len(heads))
     for way, told in result["ways"].items():

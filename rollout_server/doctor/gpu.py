@@ -107,7 +107,7 @@ def allocator(system: System) -> Finding:
     return ok("no expandable segments")
 
 
-def _gpus(system: System) -> list[dict]:
+def _gpus(system: System) -> list[dict[str, Any]]:
     return _of_torch(system, "gpus") or []
 
 

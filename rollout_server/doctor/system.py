@@ -159,6 +159,7 @@ class System:
             raise Failed(f"not done after {_PATIENCE} s") from None
         told = done.stdout.strip().splitlines()
         if done.returncode == 0 and told:
-            return json.loads(told[-1])
+            answer: dict[str, Any] = json.loads(told[-1])
+            return answer
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise Failed(lines[-1].strip() if lines else f"ended with status {done.returncode}")

@@ -16,7 +16,7 @@ import psutil
 
 from rollout_server import vllm_compat as compat
 from rollout_server.concurrency.loop import Keeper
-from rollout_server.engine.sampling import sampling_params
+from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.engine.spawn import engine_children, engine_environment
 from rollout_server.engine.stats import PeakUsage, stat_logger
 from rollout_server.errors import (
@@ -218,16 +218,13 @@ class Engine:
         self, prompt: list[int], fields: Mapping[str, Any], request_id: str
     ) -> list[Any]:
         """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample."""
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
         if not self.client.durable:
             self.require_alive()
         params = sampling_params(fields)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
+        set_outputs(params, "final")
         try:
             outputs = []
-            async for step in self.client.generate(tokens_input(prompt), params, request_id):
+            async for step in self.client.generate(token_prompt(prompt), params, request_id):
                 outputs = step.outputs
         except Exception:
             self.require_alive()

@@ -1,4 +1,4 @@
-"""Sampling fields, as the user names them, to vLLM's `SamplingParams`."""
+"""What vLLM's engine is asked with: prompts of tokens, and `SamplingParams` of named fields."""
 
 import difflib
 from collections.abc import Mapping
@@ -21,6 +21,38 @@ def neutral(params: Any) -> bool:
 
     other = SamplingParams()
     return all(getattr(params, f, None) == getattr(other, f, None) for f in _CHANGING)
+
+
+def token_prompt(ids: list[int]) -> Any:
+    """vLLM's prompt of token ids."""
+    from vllm.inputs import tokens_input
+
+    return tokens_input(ids)
+
+
+def set_outputs(params: Any, kind: str) -> None:
+    """Set what each output of a generation holds: what is new, "delta"; or all, once, "final"."""
+    from vllm.sampling_params import RequestOutputKind
+
+    kinds = {"delta": RequestOutputKind.DELTA, "final": RequestOutputKind.FINAL_ONLY}
+    params.output_kind = kinds[kind]
+
+
+def scoring_params() -> Any:
+    """`SamplingParams` that score a prompt's tokens by the model alone, and sample one token, which
+    vLLM insists on."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False)
+    set_outputs(params, "final")
+    return params
+
+
+def structured_outputs(**fields: Any) -> Any:
+    """vLLM's `StructuredOutputsParams`: one of `regex`, `json`, `choice`, `grammar`, ..."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(**fields)
 
 
 def sampling_params(fields: Mapping[str, Any]) -> Any:

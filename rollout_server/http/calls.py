@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server import vllm_compat as compat
-from rollout_server.engine.sampling import neutral
+from rollout_server.engine.sampling import neutral, scoring_params, token_prompt
 from rollout_server.http.accepted import Earlier
 from rollout_server.http.options import Options
 from rollout_server.http.splice import Known, Message
@@ -67,23 +67,17 @@ class Start:
     def scoring(self, ids: list[int]) -> AsyncIterator[Any] | None:
         """Has each of `ids` scored by the model alone. None if they fill the context: vLLM wants
         room for a token to sample."""
-        from vllm import SamplingParams
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
         if len(ids) >= self.length:
             return None
-        params = SamplingParams(
-            prompt_logprobs=0, max_tokens=1, temperature=0, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
         adapter = {n: v for n, v in self.options.items() if n == "lora_request"}
-        return self.generate(tokens_input(ids), params, f"{self.request_id}-scoring", **adapter)
+        name = f"{self.request_id}-scoring"
+        return self.generate(token_prompt(ids), scoring_params(), name, **adapter)
 
 
 @dataclass
 class Call:
-    """
+    """What is known of a request on its way to the engine and back.
+
     known: finds the tokens of an earlier answer, given the messages as the template gets them and
     what else it gets; carried: whether they came from the client, which may have edited them.
     must_see: whether its prompt is a conversation that must be rendered where taps.py sees it;

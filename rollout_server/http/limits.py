@@ -10,7 +10,8 @@ _BODIES = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """
+    """How much the server takes at a time, and for how long.
+
     body_bytes: of one request; bodies_bytes: of all that are there at a time.
     connections: open at a time. held: requests that wait, for the gate or for their turn.
     running: requests that the engine has at a time.

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from rollout_server.engine.sampling import sampling_params
+from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import EngineDeadError, SamplingError
 from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_error, send_json
@@ -200,15 +200,11 @@ class Generate:
         self, prompt: list[int], params: Any, name: str, request: dict[str, Any]
     ) -> AsyncIterator[dict[str, Any]]:
         """The answer as it grows: each has all of what came before."""
-        from vllm.inputs import tokens_input
-
         started = time.monotonic()
         params = params.clone()
         if not request.get("stream"):
-            from vllm.sampling_params import RequestOutputKind
-
-            params.output_kind = RequestOutputKind.FINAL_ONLY
-        steps = self._client.generate(tokens_input(prompt), params, name)
+            set_outputs(params, "final")
+        steps = self._client.generate(token_prompt(prompt), params, name)
         async with contextlib.aclosing(steps):
             async for step in steps:
                 (output,) = step.outputs

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.engine.sampling import sampling_params
+from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import SamplingError
 from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.errors import send_json
@@ -132,8 +132,6 @@ class TextGeneration:
         return ids
 
     def _params(self, fields: dict[str, Any], prompt: int, top: int, streams: bool) -> Any:
-        from vllm.sampling_params import RequestOutputKind
-
         chosen = {"max_tokens": _LENGTH} | self._sampling
         if fields.get("do_sample") is False and not any(name in fields for name in _WARPS):
             chosen["temperature"] = 0
@@ -142,7 +140,7 @@ class TextGeneration:
             chosen["max_tokens"], self._client.model_config.max_model_len - prompt
         )
         params = sampling_params(chosen | {"logprobs": top, "include_stop_str_in_output": True})
-        params.output_kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
+        set_outputs(params, "delta" if streams else "final")
         return params
 
     async def _whole(self, asked: _Asked, path: str, send) -> None:
@@ -183,10 +181,8 @@ class TextGeneration:
     async def _events(self, asked: _Asked) -> AsyncIterator[dict[str, Any]]:
         """One a token, as TGI streams them. A stream's texts make the whole text, so that of
         several tokens that come at once is the last's."""
-        from vllm.inputs import tokens_input
-
         name = f"tgi-{uuid.uuid4().hex}"
-        steps = self._client.generate(tokens_input(asked.ids), asked.params, name)
+        steps = self._client.generate(token_prompt(asked.ids), asked.params, name)
         text, count = asked.prompt if asked.full_text else "", 0
         async with contextlib.aclosing(steps):
             async for step in steps:

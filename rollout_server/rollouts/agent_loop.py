@@ -18,6 +18,10 @@ from typing import Any
 
 from rollout_server.observability.logs import GENERAL
 
+Work = Coroutine[Any, Any, Any]
+Task = asyncio.Task[Any]
+Future = concurrent.futures.Future[Any]
+
 _BLOCKED = 1.0  # seconds without an answer
 _TIDYING = 0.8  # seconds for what agents left
 _THREADS = 256
@@ -26,16 +30,16 @@ _THREADS = 256
 class AgentLoop:
     """A thread that runs one event loop until `stop`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(_Threads())
         self._stopping = False
         self._asked: float | None = None  # when something was asked that isn't answered
-        self._tidying: asyncio.Task | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._main, name="rollout-agents", daemon=True)
         self._thread.start()
 
-    def start(self, work: Callable[[], Coroutine], told: Callable[[asyncio.Task], None]) -> None:
+    def start(self, work: Callable[[], Work | None], told: Callable[[Task], None]) -> None:
         """Run what `work` gives, if anything, as a task, and tell which; both on the loop."""
 
         def begin() -> None:
@@ -44,7 +48,7 @@ class AgentLoop:
 
         self._call(begin)
 
-    def cancel(self, task: asyncio.Task) -> None:
+    def cancel(self, task: Task) -> None:
         """Ask a task to end; if that isn't heard, the loop is `blocked`."""
 
         def heard() -> None:
@@ -56,12 +60,13 @@ class AgentLoop:
 
     @property
     def blocked(self) -> bool:
+        """Whether something that was asked of it is unanswered for too long."""
         asked = self._asked
         return asked is not None and time.monotonic() - asked > _BLOCKED
 
     def whereabouts(self) -> str:
         """File, line and function that its thread is at."""
-        frame = sys._current_frames().get(self._thread.ident)
+        frame = sys._current_frames().get(self._thread.ident or 0)
         at = traceback.extract_stack(frame)[-1] if frame else None
         return f"{at.filename}:{at.lineno} in {at.name}" if at else "its end"
 
@@ -74,6 +79,7 @@ class AgentLoop:
         self._call(tidy)
 
     def join(self, seconds: float) -> None:
+        """Wait for its end, at most so many seconds."""
         self._thread.join(max(0.0, seconds))
 
     def _call(self, work: Callable[[], None]) -> None:
@@ -98,7 +104,7 @@ class AgentLoop:
         generators = loop.create_task(loop.shutdown_asyncgens())
         await asyncio.wait({generators}, timeout=max(0.1, end - time.monotonic()))
         for task in asyncio.all_tasks() - {me}:
-            task._log_destroy_pending = False
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
         for transport in list(getattr(loop, "_transports", {}).values()):
             transport.abort()  # of clients that weren't closed
         await asyncio.sleep(0)  # their sockets are closed in the next round
@@ -109,12 +115,13 @@ class AgentLoop:
 class AgentLoops:
     """The loop that async agents share, made when one needs it, and those left behind."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._loops: list[AgentLoop] = []
         self._lock = threading.Lock()  # a sync agent's thread may start a coroutine too
 
     @property
     def current(self) -> AgentLoop:
+        """The loop that agents which begin now run on."""
         with self._lock:
             if not self._loops:
                 self._loops.append(AgentLoop())
@@ -145,7 +152,7 @@ class AgentLoops:
                 loop.join(end - time.monotonic())
 
 
-async def awaited(what: Awaitable) -> Any:
+async def awaited(what: Awaitable[Any]) -> Any:
     """A coroutine of any awaitable."""
     return await what
 
@@ -157,14 +164,14 @@ class _Threads(concurrent.futures.ThreadPoolExecutor):
     and Python waits for them at exit.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(1)  # whose thread is never made
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._free = _THREADS
         self._counting = threading.Lock()
 
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
-        future: concurrent.futures.Future = concurrent.futures.Future()
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future = Future()
         self._calls.append(functools.partial(_settle, future, fn, args, kwargs))
         with self._counting:
             if self._free:
@@ -182,7 +189,9 @@ class _Threads(concurrent.futures.ThreadPoolExecutor):
             call()
 
 
-def _settle(future: concurrent.futures.Future, fn: Callable, args: tuple, kwargs: dict) -> None:
+def _settle(
+    future: Future, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:

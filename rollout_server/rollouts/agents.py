@@ -13,13 +13,13 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.errors import ConfigError
 from rollout_server.observability.logs import GENERAL
-from rollout_server.rollouts.agent_loop import AgentLoop, AgentLoops, awaited
+from rollout_server.rollouts.agent_loop import AgentLoop, AgentLoops, Task, Work, awaited
 from rollout_server.trajectories.session import Session
 
 Agent = Callable[[Session, Any], Any]
@@ -37,6 +37,7 @@ class Outcome:
 
     @property
     def turns(self) -> int:
+        """How many calls of the policy were recorded."""
         return len(self.session.tree.calls)
 
 
@@ -58,8 +59,8 @@ def run_agents(
     Works from any thread, a notebook's included: async agents share a loop of their own, others run
     in threads. What they leave behind on the loop is ended; a thread that doesn't end is left.
     """
-    outcomes: list[Outcome | None] = [None] * len(examples)
-    ended: queue.SimpleQueue[_Rollout] = queue.SimpleQueue()
+    outcomes: dict[int, Outcome] = {}
+    ended: queue.SimpleQueue[tuple[_Rollout, Outcome]] = queue.SimpleQueue()
     waiting, running, loops = iter(enumerate(examples)), set[_Rollout](), AgentLoops()
     try:
         while True:
@@ -68,13 +69,13 @@ def run_agents(
                 running.add(rollout)
                 rollout.start(loops)
             if not running:
-                return outcomes
+                return [outcomes[at] for at in range(len(examples))]
             with contextlib.suppress(queue.Empty):
-                rollout = ended.get(timeout=_TICK)  # so that Ctrl-C gets through
+                rollout, outcome = ended.get(timeout=_TICK)  # so that Ctrl-C gets through
                 running.remove(rollout)
-                outcomes[rollout.at] = rollout.outcome
-                _log(rollout.outcome)
-                done(rollout.outcome)
+                outcomes[rollout.at] = outcome
+                _log(outcome)
+                done(outcome)
             for rollout in running:
                 if rollout.outcome is None and rollout.seconds > timeout:
                     rollout.give_up(TimeoutError(f"the agent took more than {timeout:g} s"))
@@ -92,9 +93,9 @@ class _Rollout:
 
     def __init__(
         self, at: int, session: Session, agent: Agent, example: Any,
-        tell: Callable[["_Rollout"], None],
+        tell: Callable[[tuple["_Rollout", Outcome]], None],
     ):  # fmt: skip
-        """tell: called with this when there is an `outcome`, in any thread."""
+        """tell: called with (this, its outcome) when there is one, in any thread."""
         self.at = at
         self.outcome: Outcome | None = None
         self._session = session
@@ -103,7 +104,7 @@ class _Rollout:
         self._tell = tell
         self._lock = threading.Lock()
         self._began: float | None = None
-        self._task: tuple[AgentLoop, asyncio.Task] | None = None
+        self._task: tuple[AgentLoop, Task] | None = None
 
     @property
     def seconds(self) -> float:
@@ -128,8 +129,8 @@ class _Rollout:
             loop, task = self._task
             loop.cancel(task)
 
-    def _start_on(self, loop: AgentLoop, work: Callable[[], Coroutine | None]) -> None:
-        def started() -> Coroutine | None:
+    def _start_on(self, loop: AgentLoop, work: Callable[[], Work | None]) -> None:
+        def started() -> Work | None:
             try:
                 coroutine = work()
             except BaseException as error:
@@ -137,7 +138,7 @@ class _Rollout:
                 return None
             return None if coroutine is None else self._until_its_end(coroutine)
 
-        def told(task: asyncio.Task) -> None:
+        def told(task: Task) -> None:
             self._task = loop, task
 
         loop.start(started, told)
@@ -150,7 +151,7 @@ class _Rollout:
             self._began = time.monotonic()
             return True
 
-    async def _until_its_end(self, work: Coroutine) -> None:
+    async def _until_its_end(self, work: Work) -> None:
         try:
             reward = await work
         except BaseException as error:
@@ -180,9 +181,9 @@ class _Rollout:
                     self._session.set_reward(reward)
                 except Exception as refused:
                     error = refused
-            self.outcome = Outcome(self._session, error, self.seconds)
+            self.outcome = outcome = Outcome(self._session, error, self.seconds)
         self._session.end()
-        self._tell(self)
+        self._tell((self, outcome))
 
 
 def _log(outcome: Outcome) -> None:

@@ -58,7 +58,7 @@ class Rollout:
     messages: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         count = len(self.completion_ids)
         unmasked = [] if self.unmasked_logprobs is None else ["unmasked_logprobs"]
         for name in ("logprobs", "env_mask", *unmasked):
@@ -232,15 +232,21 @@ def _row(
     first = next((i for i, node in enumerate(path) if node.sampled and node.ids), None)
     if first is None:
         return None
-    ids, logprobs, unmasked, mask, versions, masked = [], [], [], [], [], []
+    ids: list[int] = []
+    logprobs: list[float] = []
+    unmasked: list[float] | None = []
+    mask: list[int] = []
+    versions: list[Span] = []
+    masked: list[Span] = []
     for node in path[first:]:
         start, count = len(ids), len(node.ids)
         ids += node.ids
         logprobs += node.logprobs if node.sampled else [0.0] * count
-        if node.sampled and node.unmasked is None:
+        added = node.unmasked if node.sampled else [0.0] * count
+        if added is None:
             unmasked = None
         elif unmasked is not None:
-            unmasked += node.unmasked if node.sampled else [0.0] * count
+            unmasked += added
         mask += [int(node.sampled and node not in trained)] * count
         for span in node.versions:
             _join(versions, span.version, start + span.start, start + span.end)

@@ -8,7 +8,7 @@ import itertools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rollout_server.config import ON_SYNC
 from rollout_server.errors import ConfigError, StateError
@@ -16,6 +16,10 @@ from rollout_server.observability.redact import SESSION_ID, SESSION_KEY
 from rollout_server.trajectories.export import Rollout, is_number, rows, single_row
 from rollout_server.trajectories.tree import Node, TokenTree
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
+
+_Clients = tuple[Callable[..., "OpenAI"], Callable[..., "AsyncOpenAI"]]
 _numbers = itertools.count(1)
 
 
@@ -36,7 +40,7 @@ class Session:
     """
 
     def __init__(
-        self, server_url: str, clients: tuple[Callable, Callable], forget: Callable,
+        self, server_url: str, clients: _Clients, forget: Callable[["Session"], object],
         metadata: Mapping[str, Any], recorded: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
@@ -72,11 +76,11 @@ class Session:
             "ANTHROPIC_API_KEY": self.api_key,
         }
 
-    def openai(self, **options: Any) -> Any:
+    def openai(self, **options: Any) -> "OpenAI":
         """A ready `openai.OpenAI` client; options are its own."""
         return self._openai(**(self._own | options))
 
-    def async_openai(self, **options: Any) -> Any:
+    def async_openai(self, **options: Any) -> "AsyncOpenAI":
         """A ready `openai.AsyncOpenAI` client; options are its own."""
         return self._async_openai(**(self._own | options))
 
@@ -86,6 +90,7 @@ class Session:
 
     @property
     def on_sync(self) -> str:
+        """What a sync or a sleep does to a running request that doesn't say; see the class."""
         return self._on_sync
 
     @on_sync.setter
@@ -97,6 +102,7 @@ class Session:
 
     @property
     def unmasked_logprobs(self) -> bool:
+        """Whether the model's own log-probabilities are recorded too; see the class."""
         return self._unmasked_logprobs
 
     @unmasked_logprobs.setter
@@ -109,6 +115,7 @@ class Session:
 
     @property
     def reward(self) -> float | None:
+        """The rollout's reward; None until it has one."""
         return self._reward
 
     @reward.setter
@@ -140,6 +147,7 @@ class Session:
 
     @property
     def ended(self) -> bool:
+        """Whether it takes no more calls."""
         return self._ended
 
     def end(self) -> None:
@@ -155,7 +163,7 @@ class Session:
         with self._lock:
             return rows(self.tree, self._reward, self._components, self.metadata)
 
-    def rollout(self, choose: str = "last") -> Rollout | None:
+    def rollout(self, choose: Literal["last", "most"] = "last") -> Rollout | None:
         """One row for all of it, None where nothing was sampled; see `export.single_row`."""
         with self._lock:
             row = self.tree, self._reward, self._components, self.metadata

@@ -92,7 +92,7 @@ class TokenTree:
         sampled: how many of them were sampled.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.root = Node([])
         self.calls: list[Node] = []
         self.size = 0
@@ -138,14 +138,14 @@ class TokenTree:
         going_on = node.sampled and not any(child.ids for child in node.children)
         continues = node.call if going_on else None
         if length < len(prompt_ids):
-            node = self._append(Node(prompt_ids[length:], parent=node))
+            node = self._append(node, Node(prompt_ids[length:]))
         node = self._append(
+            node,
             Node(
                 ids,
                 sampled=True,
                 logprobs=logprobs,
                 versions=versions,
-                parent=node,
                 call=len(self.calls),
                 masked=masked,
                 unmasked=unmasked,
@@ -154,7 +154,7 @@ class TokenTree:
                 messages=messages[kept:] + ([] if answer is None else [answer]),
                 base=base,
                 kept=kept,
-            )
+            ),
         )
         self.calls.append(node)
         self.sampled += len(ids)
@@ -182,16 +182,17 @@ class TokenTree:
         if call is self._newest.node:
             return list(self._newest.prompt_ids), list(self._newest.ids)
         first, ids = call, self.ids(call)
-        while first.parent.call == call.call:
+        while first.parent is not None and first.parent.call == call.call:
             first = first.parent
-        at = len(self.ids(first.parent))
+        at = len(self.ids(first)) - len(first.ids)
         return ids[:at], ids[at:]
 
     def messages(self, call: Node) -> list[dict[str, Any]]:
         """The messages of the request, then the answer's where it was given; call: of `calls`."""
         if call is self._newest.node:
             return list(self._newest.messages)
-        parts, node, end = [], call, call.kept + len(call.messages)
+        parts, end = [], call.kept + len(call.messages)
+        node: Node | None = call
         while node is not None:  # of its messages, `end` are wanted
             if end > node.kept:
                 parts.append(node.messages[: end - node.kept])
@@ -199,8 +200,9 @@ class TokenTree:
             node = node.base
         return [message for part in reversed(parts) for message in part]
 
-    def _append(self, node: Node) -> Node:
-        node.parent.children.append(node)
+    def _append(self, parent: Node, node: Node) -> Node:
+        node.parent = parent
+        parent.children.append(node)
         self.size += len(node.ids)
         return node
 
@@ -212,7 +214,8 @@ class TokenTree:
         every child that matches is followed. Of matches equally long, one at a node's end comes
         first, and then that of the latest call.
         """
-        path, start, stack = self._known(prompt_ids), 0, []
+        path, start = self._known(prompt_ids), 0
+        stack: list[tuple[Node, int, Node | None]] = []
         for node, following in itertools.zip_longest(path, path[1:]):
             start += len(node.ids)
             if following is None or len(node.children) > 1:
@@ -287,6 +290,7 @@ def _split(node: Node, at: int) -> Node:
         masked=node.masked,
         unmasked=None if node.unmasked is None else node.unmasked[:at],
     )
+    assert node.parent is not None  # the root has no tokens
     siblings = node.parent.children
     siblings[siblings.index(node)] = head
     node.parent = head

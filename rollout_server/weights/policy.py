@@ -21,7 +21,8 @@ NEUTRAL_SAMPLING = {
 
 @dataclass(frozen=True)
 class Policy:
-    """
+    """What is served: a model, and all that its trainer tells of it.
+
     model: gives the model as it is now; trainers rebind theirs when they wrap it.
     tokenizer: tokenizer or processor, with the chat template.
     owner: what may hold one server at a time: the trainer, or the model.

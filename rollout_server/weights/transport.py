@@ -103,7 +103,7 @@ class _Exported:
 class Exporter:
     """The trainer's side. Not thread-safe: used by one transition at a time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parts: dict[int, _Exported] = {}
         self._epoch = 0
 
@@ -157,7 +157,7 @@ class Exporter:
 class Importer:
     """The engine's side: keeps what it has opened until the trainer sends other handles."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parts: dict[int, Opened] = {}
 
     def open(self, message: bytes) -> Opened:

@@ -1,4 +1,4 @@
-"""The fuzz of tests/test_fuzz.py for longer; ROLLOUT_FUZZ_CASES says how long."""
+"""The fuzz of tests/http/test_fuzz.py for longer; ROLLOUT_FUZZ_CASES says how long."""
 
 import os
 import time

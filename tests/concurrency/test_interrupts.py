@@ -13,7 +13,7 @@ import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-SCRIPT = Path(__file__).parent / "trainers" / "interrupted.py"
+SCRIPT = Path(__file__).parents[1] / "trainers" / "interrupted.py"
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 

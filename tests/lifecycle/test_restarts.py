@@ -15,8 +15,8 @@ import openai
 import psutil
 import pytest
 import torch
+from conversations import goes_on
 from support import MIB, eventually, greedy, held, large_step
-from test_agent_clients import goes_on
 from transformers import AutoModelForCausalLM
 
 from rollout_server import attach

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "recipes" / "notebook.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "recipes" / "notebook.ipynb"
 
 
 @pytest.mark.slow

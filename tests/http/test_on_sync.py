@@ -2,17 +2,15 @@
 
 import contextlib
 import dataclasses
-import threading
 
 import httpx
 import openai
 import pytest
-from support import eventually, greedy, large_step, running, under_way
-from test_agents import sampled
+from conversations import TOKENS, Asking
+from support import greedy, large_step, running
 
 from rollout_server.errors import ConfigError, DeadlineError
 
-TOKENS = 120
 ROUTES = {
     "/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     "/completions": {"prompt": "Hi", "max_tokens": 2},
@@ -20,38 +18,6 @@ ROUTES = {
     "/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     "/generate": {"input_ids": [21, 22], "sampling_params": {"max_new_tokens": 2}},
 }
-
-
-class Asking(threading.Thread):
-    """A greedy chat request that runs when this has been entered, and is answered on the way out.
-
-    Attributes: answer, and its prompt_ids, ids and versions.
-    """
-
-    def __init__(self, server, session=None, tokens=TOKENS, **fields):
-        super().__init__()
-        self._server, self._session = server, session or server
-        self._tokens, self._fields = tokens, fields
-
-    def run(self):
-        with self._session.openai() as client:
-            self.answer = client.chat.completions.create(
-                model="policy", messages=[{"role": "user", "content": "Count."}], temperature=0,
-                max_tokens=self._tokens, logprobs=True,
-                extra_body={"ignore_eos": True} | self._fields,
-            )  # fmt: skip
-        self.prompt_ids, self.ids = sampled(self.answer)
-        spans = self.answer.model_dump()["policy_versions"][0]
-        self.versions = [(s["version"], s["start"], s["end"]) for s in spans]
-
-    def __enter__(self):
-        others = running(self._server)
-        self.start()
-        eventually(lambda: under_way(self._server, but=others))
-        return self
-
-    def __exit__(self, *_):
-        self.join(60)
 
 
 def test_continued_from_its_own_tokens(server, shared_model):

@@ -18,7 +18,7 @@ from rollout_server.integrations.nemo_gym import (
     write_config,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VENV = Path(os.environ.get("NEMO_GYM_VENV", ROOT / ".venv-nemo-gym"))
 CALL = "chatcmpl-tool-b408a48be4eb6a3a"
 # As NeMo Gym 0.7.0 wrote it, with fewer tokens and without fields of no interest.

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-SCRIPT = Path(__file__).parent / "trainers" / "cycling.py"
+SCRIPT = Path(__file__).parents[1] / "trainers" / "cycling.py"
 _MARK = "ROLLOUT_SERVER_TEST"
 CLOSED = "its window is closed"
 

@@ -6,28 +6,7 @@ import json
 import httpx
 import openai
 import pytest
-
-SAMPLING = {"max_tokens": 12, "temperature": 1.0, "extra_body": {"ignore_eos": True}}
-
-
-def converse(client, turns, **options):
-    """A conversation by chat completions; (messages, answers)."""
-    messages = [{"role": "system", "content": "Be short."}]
-    answers = []
-    for turn in range(turns):
-        messages.append({"role": "user", "content": f"Question {turn}?"})
-        answer = client.chat.completions.create(
-            model="policy", messages=messages, **(SAMPLING | options)
-        )
-        answers.append(answer)
-        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
-    return messages, answers
-
-
-def sampled(answer):
-    """(prompt ids, sampled ids) that an answer's message tells."""
-    message = answer.choices[0].message.model_dump()
-    return message["prompt_token_ids"], message["generation_token_ids"]
+from conversations import SAMPLING, converse, sampled
 
 
 def test_each_prompt_of_a_session_begins_with_what_was_sampled(server, tokenizer):

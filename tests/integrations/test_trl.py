@@ -171,7 +171,7 @@ def test_rollouts_are_those_the_engine_sampled(make_trainer):
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         assert answer.usage.completion_tokens == 6
-        longest = server._engine.client.model_config.max_model_len
+        longest = server.max_model_len
         for prompt, echo, count in (
             ([7], False, 6),
             ([7], True, 6),

@@ -15,7 +15,7 @@ import tasks
 from run_folder import RunFolder
 from train import TRAINERS, parse_arguments
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import httpx
 import openai
 import pytest
 import torch
+from conversations import Asking, sampled
 from support import trainer_logprobs
-from test_agents import sampled
-from test_on_sync import Asking
 
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 24}
 CHOICE = {"structured_outputs": {"choice": ["certainly not", "of course, why not?"]}}

@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import itertools
 import json
 import logging
 import os
@@ -17,18 +16,8 @@ import httpx
 import huggingface_hub
 import openai
 import pytest
+from conversations import converse, goes_on, sampled
 from support import held, soon
-from test_agents import converse, sampled
-
-
-def goes_on(session):
-    """Whether each later call's prompt begins with the call's before it and what that sampled."""
-    calls = [session.tree.tokens(call) for call in session.tree.calls]
-    assert len(calls) > 1
-    return all(
-        later[: len(prompt) + len(ids)] == prompt + ids
-        for (prompt, ids), (later, _) in itertools.pairwise(calls)
-    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

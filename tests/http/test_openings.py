@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import templates
-from test_splice import Server
+from offline import Server
 
 from rollout_server.http.calls import current
 from rollout_server.http.reasoning import Openings, of_answer, tap_parsers
