@@ -12,11 +12,11 @@ try:
     from rollout_server.errors import RolloutServerError
     from rollout_server.lifecycle.state import State
     from rollout_server.server import RolloutServer
-    from rollout_server.sync.weight_sync import SyncReport
+    from rollout_server.weights.report import SyncReport
 except Exception as _error:  # a broken installation; rollout_server.doctor must still run in it
     _broken = _error
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         if name in __all__:
             raise ImportError(
                 f"rollout_server can't be imported: {type(_broken).__name__}: {_broken}; "

@@ -35,7 +35,8 @@ class Client(AsyncLLM):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.output_processor.propagate_error = self._on_error
+        processor: Any = self.output_processor
+        processor.propagate_error = self._on_error
         self._keep_requests()
 
     @property
@@ -49,23 +50,24 @@ class Client(AsyncLLM):
 
     def start_core(self) -> EngineCoreClient:
         """A core like the one that died. Blocks until it is there."""
-        return EngineCoreClient.make_async_mp_client(
+        core: EngineCoreClient = EngineCoreClient.make_async_mp_client(
             vllm_config=self.vllm_config,
             executor_class=Executor.get_class(self.vllm_config),
             log_stats=self.log_stats,
         )
+        return core
 
     def use_core(self, core: EngineCoreClient) -> None:
         """Talk to `core` from now on. Requests are held until `readmit`."""
         self.engine_core, self.output_handler = core, None
         self._holding = True
         self._keep_requests()
-        self._run_output_handler()
+        self._run_output_handler()  # type: ignore[no-untyped-call]
 
     async def readmit(self) -> None:
         """Give the core what is there of requests, those that ran on the one before included."""
         self._holding = False
-        states = self.output_processor.request_states
+        states: dict[str, Any] = self.output_processor.request_states
         for state in list(states.values()):
             request = getattr(state, "core_request", None)
             if request is None or state.request_id not in states:
@@ -87,7 +89,8 @@ class Client(AsyncLLM):
             type(self.output_processor).propagate_error(self.output_processor, error)
 
     def _keep_requests(self) -> None:
-        core, states = self.engine_core, self.output_processor.request_states
+        core: Any = self.engine_core
+        states: dict[str, Any] = self.output_processor.request_states
         self._send = core.add_request_async
 
         async def add(request: Any) -> None:
@@ -105,14 +108,14 @@ class Client(AsyncLLM):
 
         core.add_request_async = add
 
-    def _going_on(self, state: RequestState, request: Any) -> Any:
+    def _going_on(self, state: Any, request: Any) -> Any:
         """The request with what was sampled as a part of its prompt."""
         ids = list(state.detokenizer.output_token_ids)
         if not ids:
             return request
         if _anew(state, request):  # nothing was passed on yet
             processor = self.output_processor
-            fresh = RequestState.from_new_request(
+            fresh: Any = RequestState.from_new_request(
                 tokenizer=processor.tokenizer, request=request, prompt=state.prompt,
                 parent_req=state.parent_req, request_index=state.request_index, queue=state.queue,
                 log_stats=processor.log_stats, stream_interval=processor.stream_interval,
@@ -132,13 +135,13 @@ class Client(AsyncLLM):
         rest.sampling_params = params
         return rest
 
-    def _fail(self, state: RequestState, why: str) -> None:
+    def _fail(self, state: Any, why: str) -> None:
         queue, state.queue = state.queue, None  # which would be told "abort"
         self.output_processor.abort_requests([state.request_id], internal=True)
         queue.put(_dead(why))
 
 
-def _refusal(state: RequestState, request: Any, most: int) -> str | None:
+def _refusal(state: Any, request: Any, most: int) -> str | None:
     """Why a request can't go on with a new core."""
     if state.detokenizer is None:
         return "the engine died meanwhile"
@@ -157,7 +160,7 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
     return None
 
 
-def _anew(state: RequestState, request: Any) -> bool:
+def _anew(state: Any, request: Any) -> bool:
     """Whether it must be sampled again from its beginning."""
     params = request.sampling_params
     again = _counting(params) is not None or params.prompt_logprobs is not None
@@ -169,7 +172,7 @@ def _counting(params: Any) -> str | None:
     return next((name for name in _COUNTING if getattr(params, name, None)), None)
 
 
-def _streamed(state: RequestState) -> bool:
+def _streamed(state: Any) -> bool:
     return state.output_kind is not RequestOutputKind.FINAL_ONLY
 
 

@@ -17,7 +17,6 @@ of one that died takes its weights, as in 5, and its requests (see steps.py).
 import contextlib
 from collections.abc import AsyncIterator
 
-from rollout_server.engine.engine import Engine
 from rollout_server.errors import EngineDeadError, EngineTimeoutError, StateError
 from rollout_server.lifecycle.state import State
 from rollout_server.lifecycle.steps import Steps, to_its_end
@@ -43,7 +42,7 @@ class Lifecycle:
     @property
     def unfinished(self) -> bool:
         """Whether a sync was interrupted with weights half written: the next one writes all."""
-        return self.steps.unfinished is not None
+        return self.steps.unfinished
 
     async def lose(self, why: str, hung: bool = False) -> None:
         """The engine was seen to be dead, or `hung`, while it should be awake."""
@@ -71,8 +70,8 @@ class Lifecycle:
                 return
             with steps.journal.sleeping():
                 with steps.unless_down():
-                    if self.unfinished:
-                        await steps.leave_unfinished()
+                    if (left := steps.take_unfinished()) is not None:
+                        await steps.leave(left)
                     elif not self.down:
                         await steps.rest()
                         await steps.fall_asleep()
@@ -88,7 +87,7 @@ class Lifecycle:
         return SyncTransition(self.steps, restoring)
 
     @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[Engine]:
+    async def reading(self) -> AsyncIterator[None]:
         """While the engine's weights are read, requests run and no transition does."""
         steps = self.steps
         async with steps.turn:
@@ -99,4 +98,4 @@ class Lifecycle:
                     "first"
                 )
             async with steps.deadline(steps.config.sync_timeout, "comparing weights"):
-                yield steps.engine
+                yield

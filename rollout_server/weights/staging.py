@@ -5,13 +5,14 @@ What goes where follows from names and shapes alone, so every rank, and every sy
 buckets; their memory and its handles stay the same too.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from rollout_server.weights.transport import shared_empty
-from rollout_server.weights.wire import Part, Piece, TensorSpec
+from rollout_server.weights.wire import Part, Parts, Piece, TensorSpec
 
 _ALIGN = 16
 
@@ -123,7 +124,7 @@ def streamed(
     device: torch.device,
     before: int = 0,
     more: bool = False,
-) -> Iterator[Part]:
+) -> Parts:
     """Parts with the tensors of an iterator, which is asked for one after another.
 
     specs: of the tensors in the iterator's order; before: number of parts that came before;
@@ -152,4 +153,5 @@ def streamed(
 
 
 def _row_bytes(row_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(row_shape).numel() * dtype.itemsize
+    itemsize: int = dtype.itemsize
+    return math.prod(row_shape) * itemsize

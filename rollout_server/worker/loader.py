@@ -39,13 +39,13 @@ class PolicyLoader(DummyModelLoader):
         self._folder, self._share = extra["folder"], extra["share"]
         self._specs, self._views = read_specs(self._folder), read_views(self._folder)
 
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: Any, model_config: Any) -> None:
         if self._share:
             self._share_weights(model)
         else:
             self._fill_weights(model)
 
-    def _share_weights(self, model: torch.nn.Module) -> None:
+    def _share_weights(self, model: Any) -> None:
         try:
             plan = self._record(model, _empty(self._specs), write=False)
         except ValueError as error:
@@ -61,7 +61,7 @@ class PolicyLoader(DummyModelLoader):
         model.rollout_plan = self._record(model, _empty(self._specs), write=False)
         model.rollout_shared = True
 
-    def _fill_weights(self, model: torch.nn.Module) -> None:
+    def _fill_weights(self, model: Any) -> None:
         device = next(model.parameters()).device
         try:
             plan = self._record(model, _random(self._specs, device), write=True)
