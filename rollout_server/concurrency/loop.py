@@ -38,7 +38,7 @@ async def in_thread(work: Callable[[*Ts], T], *args: *Ts) -> T:
     return await future
 
 
-class Keeper:
+class SpawnerThread:
     """A thread that does one thing and then lives on until `stop`: the processes that it started
     die with it (PR_SET_PDEATHSIG)."""
 

@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Overtaken(Exception):
+class Preempted(Exception):
     """The other thing came first."""
 
 
-async def unless(other: Callable[[], Coroutine[Any, Any, Any]], work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; `Overtaken`, and it is cancelled, if `other` ends before. Neither runs any
+async def run_until(
+    other: Callable[[], Coroutine[Any, Any, Any]], work: Coroutine[Any, Any, T]
+) -> T:
+    """What `work` gives; `Preempted`, and it is cancelled, if `other` ends before. Neither runs any
     more afterwards."""
     task = asyncio.ensure_future(work)
     tasks: list[asyncio.Task[Any]] = [task]
@@ -22,7 +24,7 @@ async def unless(other: Callable[[], Coroutine[Any, Any, Any]], work: Coroutine[
             tasks.append(asyncio.ensure_future(other()))
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Overtaken
+            raise Preempted
         return task.result()
     finally:
         for task in tasks:

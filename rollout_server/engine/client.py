@@ -22,15 +22,16 @@ _COUNTING = (
 )  # fmt: skip
 
 
-class Client(AsyncLLM):
+class ResumableAsyncLLM(AsyncLLM):
     """vLLM's client with a core that can be replaced.
 
-    durable: whether requests wait for another core when this one has died, or fail with it.
-    deaths: a request that was there at so many, and sampled nothing in between, may be their cause.
+    resume_requests: whether requests wait for another core when this one has died, or fail.
+    max_crashes: a request that was there at so many, and sampled nothing in between, may be their
+        cause.
     """
 
-    durable = False
-    deaths = 3
+    resume_requests = False
+    max_crashes = 3
     _holding = False  # of requests, until the new core may run them
 
     def __init__(self, *args: Any, **options: Any):
@@ -46,7 +47,7 @@ class Client(AsyncLLM):
 
     @property
     def errored(self) -> bool:
-        return self.core_dead and not self.durable
+        return self.core_dead and not self.resume_requests
 
     def start_core(self) -> EngineCoreClient:
         """A core like the one that died. Blocks until it is there."""
@@ -72,7 +73,7 @@ class Client(AsyncLLM):
             request = getattr(state, "core_request", None)
             if request is None or state.request_id not in states:
                 continue
-            if (refusal := _refusal(state, request, self.deaths)) is not None:
+            if (refusal := _refusal(state, request, self.max_crashes)) is not None:
                 self._fail(state, refusal)
                 continue
             request = self._going_on(state, request)
@@ -81,11 +82,11 @@ class Client(AsyncLLM):
 
     def give_up(self, why: str) -> None:
         """No other core will come: whoever waits gets `EngineDeadError`."""
-        self.durable = False
+        self.resume_requests = False
         self._on_error(_dead(why))
 
     def _on_error(self, error: Exception) -> None:
-        if not self.durable:
+        if not self.resume_requests:
             type(self.output_processor).propagate_error(self.output_processor, error)
 
     def _keep_requests(self) -> None:
@@ -103,7 +104,7 @@ class Client(AsyncLLM):
             try:
                 await self._send(request)
             except Exception:
-                if state is None or not (self.durable and self.core_dead):
+                if state is None or not (self.resume_requests and self.core_dead):
                     raise
 
         core.add_request_async = add
@@ -120,7 +121,7 @@ class Client(AsyncLLM):
                 parent_req=state.parent_req, request_index=state.request_index, queue=state.queue,
                 log_stats=processor.log_stats, stream_interval=processor.stream_interval,
             )  # fmt: skip
-            fresh.core_request, fresh.deaths = request, state.deaths
+            fresh.core_request, fresh.crashes = request, state.crashes
             processor.request_states[state.request_id] = fresh
             return request
         params = request.sampling_params.clone()
@@ -146,11 +147,11 @@ def _refusal(state: Any, request: Any, most: int) -> str | None:
     if state.detokenizer is None:
         return "the engine died meanwhile"
     sampled = len(state.detokenizer.output_token_ids)
-    before, deaths = getattr(state, "deaths", (0, 0))
+    before, crashes = getattr(state, "crashes", (0, 0))
     if getattr(state, "had_by_core", False):
-        state.deaths = sampled, deaths = sampled, deaths + 1 if sampled == before else 1
+        state.crashes = sampled, crashes = sampled, crashes + 1 if sampled == before else 1
     state.had_by_core = False
-    if deaths >= most:
+    if crashes >= most:
         return f"the engine died {most} times while it had this request, and may do so again"
     if sampled and _streamed(state) and (field := _counting(request.sampling_params)):
         return (

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from rollout_server import vllm_compat as compat
-from rollout_server.concurrency.loop import Keeper
+from rollout_server.concurrency.loop import SpawnerThread
 from rollout_server.engine import log
 from rollout_server.engine.arguments import vllm_config
 from rollout_server.engine.processes import EngineProcesses, kill, kill_trees
@@ -62,7 +62,7 @@ class Engine:
         self._children = children
         self._log = log_path
         self._pids = pids
-        self._keeper: Keeper | None = None
+        self._spawner: SpawnerThread | None = None
         self._processes = EngineProcesses(client)
 
     @classmethod
@@ -86,9 +86,9 @@ class Engine:
                 config = vllm_config(arguments)
                 from vllm.usage.usage_lib import UsageContext
 
-                from rollout_server.engine.client import Client
+                from rollout_server.engine.client import ResumableAsyncLLM
 
-                client = Client.from_vllm_config(
+                client = ResumableAsyncLLM.from_vllm_config(
                     config,
                     usage_context=UsageContext.OPENAI_API_SERVER,
                     stat_loggers=[stat_logger(peak)],
@@ -119,16 +119,16 @@ class Engine:
 
     async def restart(self) -> None:
         self.kill()
-        keeper = Keeper()
+        spawner = SpawnerThread()
         try:
-            core = await keeper.call(self._start_core)
+            core = await spawner.call(self._start_core)
         except BaseException as error:
             self.kill()
-            keeper.stop()
+            spawner.stop()
             if not isinstance(error, Exception):
                 raise
             raise log.start_error(error, self._log) from error
-        self._keeper = keeper
+        self._spawner = spawner
         self.client.use_core(core)
         self._processes = EngineProcesses(self.client)
         await self._describe()
@@ -148,8 +148,8 @@ class Engine:
         self._pids.clear()  # their numbers may be given to other processes
         with contextlib.suppress(Exception):
             self.client.engine_core.shutdown(timeout=0)
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._spawner is not None:
+            self._spawner.stop()
 
     async def readmit(self) -> None:
         await self._alive(self.client.readmit())
@@ -158,8 +158,8 @@ class Engine:
         self.client.give_up(why)
 
     def let_requests_wait(self, restarts: int) -> None:
-        self.client.durable = True
-        self.client.deaths = max(2, (restarts + 1) // 2)
+        self.client.resume_requests = True
+        self.client.max_crashes = max(2, (restarts + 1) // 2)
 
     async def ping(self) -> None:
         await self._on_workers("rollout_ping")
@@ -215,7 +215,7 @@ class Engine:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        if not self.client.durable:
+        if not self.client.resume_requests:
             self.require_alive()
         params = sampling_params(fields)
         params.output_kind = RequestOutputKind.FINAL_ONLY
@@ -267,10 +267,10 @@ class Engine:
     async def compare_adapter(self, message: Message) -> Compared:
         return await self._compare("rollout_compare_adapter", message)
 
-    async def anywhere(self, flag: bool) -> bool:
+    async def any_rank(self, flag: bool) -> bool:
         return flag
 
-    async def of_first(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def run_on_leader(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await work()
 
     async def forget_weights(self, first: int) -> None:
@@ -322,5 +322,5 @@ class Engine:
         with contextlib.suppress(Exception):
             self.client.shutdown(timeout=timeout)
         kill(tree)
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._spawner is not None:
+            self._spawner.stop()

@@ -185,10 +185,10 @@ class GroupEngine:
     async def set_weight_version(self, version: int) -> None:
         await self._do("the version", lambda engine: engine.set_weight_version(version))
 
-    async def anywhere(self, flag: bool) -> bool:
+    async def any_rank(self, flag: bool) -> bool:
         return any(await self._gather("whether anything was written", flag, bool))
 
-    async def of_first(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def run_on_leader(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await self._do(what, lambda engine: work())
 
     # An engine of a group isn't started anew, so `RolloutConfig.restarts` is 0.

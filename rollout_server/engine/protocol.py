@@ -125,10 +125,10 @@ class EngineProtocol(Protocol):
 
     # -- ranks --------------------------------------------------------------------------------
 
-    async def anywhere(self, flag: bool) -> bool:
+    async def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds for any rank that has this engine."""
 
-    async def of_first(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def run_on_leader(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Have the rank that serves do `work`, for which the others of its group wait."""
 
     # -- the end, and another beginning ----------------------------------------------------------

@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import Any
 
-from rollout_server.concurrency.race import Overtaken, unless
+from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.engine.engine import Engine
 from rollout_server.errors import EngineDeadError, RolloutServerError
 
@@ -49,9 +49,9 @@ class Relay:
             told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
             if _USER.unpack(told)[1] != os.getuid():
                 return
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, Overtaken):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, Preempted):
                 request = await _read(reader)
-                answer = await unless(lambda: reader.read(1), self._answer(*request))
+                answer = await run_until(lambda: reader.read(1), self._answer(*request))
                 await _write(writer, answer)
         finally:
             writer.close()

@@ -43,10 +43,10 @@ class Unfinished:
 
 
 class Steps:
-    """Runs on the server's loop, in transitions, which hold `turn` meanwhile.
+    """Runs on the server's loop, in transitions, which hold `transition_lock` meanwhile.
 
     Attributes:
-        turn: one transition at a time.
+        transition_lock: one transition at a time.
         restarts: how many are left.
     """
 
@@ -66,7 +66,7 @@ class Steps:
         self.gate = gate
         self.journal = journal
         self._beside_start = beside_start
-        self.turn = asyncio.Lock()
+        self.transition_lock = asyncio.Lock()
         self.restarts = Restarts(config.restarts)
         self._version = -1  # the first sync, at attach, makes it 0
         self._unfinished: Unfinished | None = None
@@ -99,7 +99,7 @@ class Steps:
         left, self._unfinished = self._unfinished, None
         return left
 
-    async def rest(self) -> None:
+    async def quiesce(self) -> None:
         """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
         self.box.move(State.CLOSING_GATE)
         self.gate.close()
@@ -149,7 +149,7 @@ class Steps:
                 if self.config.in_flight == "drain":
                     await self.engine.drain()
                 else:
-                    await self.engine.of_first(doing, self._finish)
+                    await self.engine.run_on_leader(doing, self._finish)
         except (TimeoutError, RankError) as error:
             self.box.move(State.AWAKE)
             self.gate.open()
@@ -219,6 +219,6 @@ class Steps:
             ) from None
 
 
-async def to_its_end(work: Callable[[*Ts], Coroutine[Any, Any, T]], *args: *Ts) -> T:
+async def shielded(work: Callable[[*Ts], Coroutine[Any, Any, T]], *args: *Ts) -> T:
     """The caller's cancellation (its deadline, Ctrl-C) doesn't stop `work` half-way."""
     return await asyncio.shield(asyncio.ensure_future(work(*args)))

@@ -15,7 +15,7 @@ from rollout_server.errors import (
     first_line,
 )
 from rollout_server.lifecycle.state import State
-from rollout_server.lifecycle.steps import Steps, Unfinished, to_its_end
+from rollout_server.lifecycle.steps import Steps, Unfinished, shielded
 
 
 class SyncTransition:
@@ -54,7 +54,7 @@ class SyncTransition:
 
     async def _begin(self) -> None:
         steps = self._steps
-        await steps.turn.acquire()
+        await steps.transition_lock.acquire()
         try:
             steps.box.require_open()
             if self._restoring and not (steps.down or steps.unfinished):
@@ -65,7 +65,7 @@ class SyncTransition:
             self.was_asleep = steps.box.state is State.ASLEEP
             if steps.box.state is State.AWAKE:
                 with steps.unless_down():
-                    await steps.rest()
+                    await steps.quiesce()
             if self.was_asleep or steps.down:
                 steps.box.move(State.WAKING)
             with steps.breaking("waking the weights"):
@@ -95,7 +95,7 @@ class SyncTransition:
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
         """Around a call that writes a part of the weights; one at a time, with a deadline. It isn't
-        stopped half-way: see `to_its_end`."""
+        stopped half-way: see `shielded`."""
         async with self._running:
             self._written = True
             async with self._steps.deadline(self._config.sync_timeout, "writing weights"):
@@ -114,7 +114,7 @@ class SyncTransition:
 
         others: the newest version of other ranks' engines, that all have the same from now on.
         """
-        return await to_its_end(self._commit, same, others)
+        return await shielded(self._commit, same, others)
 
     async def _commit(self, same: bool, others: int) -> int:
         async with self._running:
@@ -145,7 +145,7 @@ class SyncTransition:
     async def abort(self, error: BaseException) -> None:
         """Go back to where the engine was. If weights were written: leave the sync unfinished if it
         was interrupted, else the server down or broken."""
-        await to_its_end(self._abort, error)
+        await shielded(self._abort, error)
 
     async def _abort(self, error: BaseException) -> None:
         steps = self._steps
@@ -187,14 +187,14 @@ class SyncTransition:
 
     def _end(self) -> None:
         self.ended = True
-        self._steps.turn.release()
+        self._steps.transition_lock.release()
 
     async def _anything_written(self) -> bool:
         """By any rank of this engine; so it is taken to be where one doesn't say."""
         try:
             what = "whether anything was written"
             async with self._steps.deadline(self._config.sleep_timeout, what):
-                return await self._engine.anywhere(self._written)
+                return await self._engine.any_rank(self._written)
         except RolloutServerError:
             return True
 

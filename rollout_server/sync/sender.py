@@ -20,11 +20,11 @@ from rollout_server.errors import (
     WeightSyncError,
     first_line,
 )
-from rollout_server.lifecycle.steps import to_its_end
+from rollout_server.lifecycle.steps import shielded
 from rollout_server.lifecycle.sync_transition import SyncTransition
 from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.sources.base import Adapter, Source
-from rollout_server.weights.staging import Staging, Wanted
+from rollout_server.weights.staging import EngineTensorInfo, Staging
 from rollout_server.weights.transport import Exporter
 from rollout_server.weights.wire import Compared, EngineDescription, Parts, Written, united
 
@@ -62,7 +62,7 @@ class Sender:
         self._exporter = Exporter()
         self._staging = Staging(
             config.sync_bucket_bytes,
-            Wanted(engine.description.dtypes, engine.description.splittable),
+            EngineTensorInfo(engine.description.dtypes, engine.description.splittable),
         )
         self._frozen: tuple[Any, ...] | None = None  # what frozen tensors the engine was given
         self._adapter_given = False
@@ -71,13 +71,13 @@ class Sender:
         else:
             self.path, self.reason = _path(config, engine.description)
 
-    def renew(self, here: bool) -> None:
+    def reset(self, here: bool) -> None:
         """An engine is a new one, `here` or another rank's: all ranks send all parts."""
         self._frozen = None
         if here:
             self._exporter = Exporter()
 
-    def put(self, source: Source, sync: SyncTransition) -> Written:
+    def send(self, source: Source, sync: SyncTransition) -> Written:
         """Write the policy's tensors into the engine, which `sync` has brought to rest; what was
         copied."""
         if self._shared is not None:
@@ -111,7 +111,7 @@ class Sender:
             async with sync.writing():
                 return await self._engine.write_adapter(message, adapter.scaling, fresh)
 
-        report = self._result(self._submit(to_its_end(write)))
+        report = self._result(self._submit(shielded(write)))
         self._adapter_given = True
         return report
 
@@ -129,7 +129,7 @@ class Sender:
                 for part in walk:
                     message = self._exporter.export(part)
                     first = part.number == 0
-                    work = to_its_end(self._write_part, message, first, part.last, sync)
+                    work = shielded(self._write_part, message, first, part.last, sync)
                     running.append(self._submit(work))
                     finish(but=1)  # the memory of the part before this one is written next
                 finish(but=0)
@@ -174,7 +174,7 @@ class Sender:
         async with at.reading():
             return await self._engine.compare_adapter(message)
 
-    def tidy(self, source: Source) -> None:
+    def release(self, source: Source) -> None:
         """Give the buckets back, here and in the engine."""
         first = 0 if self._shared is not None else source.staged_from
         if first is not None and self._exporter.forget(first):
@@ -197,7 +197,7 @@ class Sender:
 
 def _path(config: RolloutConfig, description: EngineDescription) -> tuple[str, str]:
     """(path, reason) by the options and what the engine says of itself."""
-    obstacles = description.obstacles
+    unsupported_reasons = description.unsupported_reasons
     if description.device == "cpu" and description.repacked:
         raise UnsupportedModelError(
             f"{_some(description.repacked)}; a reload on vLLM's CPU engine doesn't renew what "
@@ -206,9 +206,9 @@ def _path(config: RolloutConfig, description: EngineDescription) -> tuple[str, s
         )
     if config.sync_path not in ("auto", "plan"):
         return config.sync_path, f"sync_path={config.sync_path!r}"
-    if not obstacles:
+    if not unsupported_reasons:
         return "plan", ""
-    shown = _some(obstacles)
+    shown = _some(unsupported_reasons)
     if config.sync_path == "plan":
         raise ConfigError(
             f"sync_path='plan', but weights can't be copied to where they are used: {shown}; "

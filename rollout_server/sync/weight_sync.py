@@ -158,13 +158,13 @@ class WeightSync:
             if not restoring:
                 engines = self._gather("sync_weights(): engines", engines[0], tuple[bool, int])
             if any(fresh for fresh, _ in engines):  # also on others: all are at the same part
-                self.sender.renew(here=sync.fresh)
+                self.sender.reset(here=sync.fresh)
                 # Beside a "resident" engine the trainer may be at a step.
                 verify = not (restoring and self._config.colocate == "resident")
             same = restoring and self._policy.stamp() == self._stamp
             with together("sync_weights(): writing", limit):
-                put = self._put_steadily if restoring else self.sender.put
-                written = put(source, sync)
+                send = self._send_steadily if restoring else self.sender.send
+                written = send(source, sync)
             if verify:
                 with together("sync_weights(): comparing", limit):
                     self.sender.compare(source, sync)
@@ -179,7 +179,7 @@ class WeightSync:
                 self._abort(sync, error)
             raise
         finally:
-            self.sender.tidy(source)
+            self.sender.release(source)
         self._syncs += 1
         return SyncReport(
             version=version,
@@ -228,7 +228,7 @@ class WeightSync:
             try:
                 self.sender.compare(source, self._lifecycle)
             finally:
-                self.sender.tidy(source)
+                self.sender.release(source)
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
@@ -248,11 +248,11 @@ class WeightSync:
             )
         return source
 
-    def _put_steadily(self, source: Source, sync: SyncTransition) -> Written:
-        """As `Sender.put`, beside a trainer that may be in an optimizer step: then once more."""
+    def _send_steadily(self, source: Source, sync: SyncTransition) -> Written:
+        """As `Sender.send`, beside a trainer that may be in an optimizer step: then once more."""
         for _ in range(_TRIES):
             before = self._policy.stamp()
-            done = self.sender.put(source, sync)
+            done = self.sender.send(source, sync)
             if source.staged_from is not None or self._policy.stamp() == before:
                 return done
         raise WeightSyncError(

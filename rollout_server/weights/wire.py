@@ -97,8 +97,8 @@ class WorkerDescription(msgspec.Struct, frozen=True):
         weight_bytes, kv_cache_bytes: as allocated; weights that are the trainer's memory count 0.
         refused: the model and the trainer's tensors don't fit, line by line; empty: they do.
         unshareable: why engine and trainer can't have one memory; empty: they have, or needn't.
-        obstacles: why weights can't be copied to where they are used; none: there is a plan.
-        repacked: those of the obstacles that are layers which vLLM has rearranged.
+        unsupported_reasons: why weights can't be copied to where they are used; none: they can.
+        repacked: those of the reasons that are layers which vLLM has rearranged.
         splittable: names of the trainer's tensors that may come in pieces.
         dtypes: name of a tensor to torch's name of the dtype that the worker holds it in.
     """
@@ -108,7 +108,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     refused: str = ""
     unshareable: str = ""
-    obstacles: list[str] = []
+    unsupported_reasons: list[str] = []
     repacked: list[str] = []
     splittable: list[str] = []
     dtypes: dict[str, str] = {}
@@ -133,8 +133,8 @@ class EngineDescription(msgspec.Struct, frozen=True):
         return next((w.unshareable for w in self.workers if w.unshareable), "")
 
     @property
-    def obstacles(self) -> list[str]:
-        return united(w.obstacles for w in self.workers)
+    def unsupported_reasons(self) -> list[str]:
+        return united(w.unsupported_reasons for w in self.workers)
 
     @property
     def repacked(self) -> list[str]:

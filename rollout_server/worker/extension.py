@@ -87,7 +87,7 @@ class WeightReceiver(_Worker):
             kv_cache_bytes=_bytes(flat(getattr(self.model_runner, "kv_caches", []))),
             refused=getattr(model, "rollout_refusal", ""),
             unshareable=getattr(model, "rollout_unshareable", ""),
-            obstacles=[] if plan is None else plan.obstacles,
+            unsupported_reasons=[] if plan is None else plan.unsupported_reasons,
             repacked=[] if plan is None else plan.repacked,
             splittable=sorted(plan.splittable()) if plan is not None and plan.usable else [],
             dtypes=plan.dtypes() if plan is not None and plan.usable else {},
@@ -198,7 +198,7 @@ def _note_repacked(model: torch.nn.Module, plan: Plan) -> None:
         elif "MLA" in type(layer).__name__ and hasattr(layer, "process_weights_after_loading"):
             repacked.append(f"{name} ({type(layer).__name__}) computes weights from what is loaded")
     plan.repacked = repacked
-    plan.obstacles += repacked
+    plan.unsupported_reasons += repacked
 
 
 def _written(opened: Opened) -> Written:

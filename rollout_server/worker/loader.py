@@ -100,5 +100,5 @@ def _disprove(plan: Plan, device: torch.device) -> None:
     """Note what isn't where the plan says, after `_random` numbers were loaded."""
     for name, tensor in _random(plan.specs, device):
         if plan.mismatched([Piece(name, 0, tensor)]):
-            plan.obstacles.append(f"{name} isn't where the plan says")
+            plan.unsupported_reasons.append(f"{name} isn't where the plan says")
             plan.rearranged |= {identity(copy.to) for copy in plan.copies[name]}

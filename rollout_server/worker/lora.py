@@ -31,7 +31,7 @@ class AdapterSlot:
         manager = model.lora_manager
         mapper = compat.lora_name_mapper(model)
         layers: dict[str, list[Any]] = {}
-        recorder = _Recorder()
+        recorder = _CopyRecorder()
         for name, _, tensor in pieces:
             module, is_a = parse_fine_tuned_lora_name(name, mapper)
             stand_in = recorder.stand_in(name, tensor)
@@ -86,7 +86,7 @@ class AdapterSlot:
         return places, values
 
 
-class _Recorder(Watching):
+class _CopyRecorder(Watching):
     """Notes copies from stand-ins instead of making them: (name, where to, which part of it)."""
 
     def __init__(self) -> None:

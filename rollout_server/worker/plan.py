@@ -47,13 +47,13 @@ class Plan:
     views: Views = field(default_factory=dict)
     copies: dict[str, list[Copy]] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
-    obstacles: list[str] = field(default_factory=list)
+    unsupported_reasons: list[str] = field(default_factory=list)
     repacked: list[str] = field(default_factory=list)  # of these, what vLLM did after loading
     rearranged: set[int] = field(default_factory=set)  # `identity` of what holds other values
 
     @property
     def usable(self) -> bool:
-        return not self.obstacles
+        return not self.unsupported_reasons
 
     def pairs(self, pieces: Iterable[Piece]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(destinations, sources), equally long and pairwise of one shape."""

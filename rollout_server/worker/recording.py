@@ -41,11 +41,11 @@ def record(
         why = f"vLLM's loader fails on the trainer's tensors: {type(error).__name__}: {error}"
         if refused or write:
             raise ValueError("\n".join(refused or [why])) from error
-        plan.obstacles.append(why)
+        plan.unsupported_reasons.append(why)
         return plan
     if lines := _left_out(plan, recorder.taken()) + recorder.unwritten():
         raise ValueError("\n".join(lines))
-    plan.obstacles = list(dict.fromkeys(plan.obstacles))
+    plan.unsupported_reasons = list(dict.fromkeys(plan.unsupported_reasons))
     plan.copies = {name: merged(copies, specs[name]) for name, copies in plan.copies.items()}
     return plan
 
@@ -108,7 +108,7 @@ class _Recorder(Watching):
             elif left := _left(parameter, written[place] + filled.get(place, [])):
                 what = f"{left} of the {size} elements of {name} aren't loaded"
                 padding = left == size - _loadable(parameter)  # by vLLM's own account
-                (plan.obstacles if padding else lines).append(what)
+                (plan.unsupported_reasons if padding else lines).append(what)
         return lines
 
     def __torch_dispatch__(
@@ -162,9 +162,10 @@ class _Recorder(Watching):
             return
         plan.rearranged |= {identity(t) for t in changed}
         if func is aten.copy_.default:
-            plan.obstacles.append(f"what becomes of {self._name} is computed while it is loaded")
+            reason = f"what becomes of {self._name} is computed while it is loaded"
         else:
-            plan.obstacles.append(f"{self._name} is written with {func}")
+            reason = f"{self._name} is written with {func}"
+        plan.unsupported_reasons.append(reason)
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:

@@ -28,7 +28,7 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
     Tensors that land in buffers stay apart and are copied. Raises `ValueError` with the list of
     what stands in the way.
     """
-    lines = list(plan.obstacles)
+    lines = list(plan.unsupported_reasons)
     firsts = _firsts(model)
     numbers = {identity(p): number for number, p in enumerate(firsts)}
     places, copied = {}, []

@@ -16,7 +16,7 @@ from rollout_server.weights.wire import Parts, TensorSpec
 _specs = weakref.WeakKeyDictionary[torch.nn.Module, dict[str, TensorSpec]]()
 
 
-class ShardedByUnits(Source):
+class FSDP1Source(Source):
     """One unit (a decoder layer, as a rule) is gathered at a time, in its master precision, besides
     the buckets. Making the first of these for a model is collective too."""
 

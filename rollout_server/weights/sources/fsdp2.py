@@ -20,7 +20,7 @@ from rollout_server.weights.wire import Part, Parts, Piece
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ShardedByRows(Source):
+class FSDP2Source(Source):
     """Parameters that are DTensors; those that aren't cut by rows are gathered one by one."""
 
     collective = True
@@ -68,13 +68,13 @@ class ShardedByRows(Source):
             return []
         world = self._mesh.size(self._dim)
         rows = [
-            (name, staging.wanted.dtype(name, t.dtype), tuple(t.shape[1:]), -(-t.shape[0] // world))
+            (name, staging.engine.dtype(name, t.dtype), tuple(t.shape[1:]), -(-t.shape[0] // world))
             for name, t in self._rows.items()
         ]
         # Two buckets of all ranks' rows, and once more this rank's own, are the memory taken.
         limit = 2 * staging.bucket_bytes // (2 * world + 1)
         # With several ranks each has a piece already.
-        splittable = staging.wanted.splittable
+        splittable = staging.engine.splittable
         if stuck := self._rows.keys() - splittable:
             self._others |= {name: self._rows.pop(name) for name in stuck}
             rows = [row for row in rows if row[0] in self._rows]

@@ -11,7 +11,7 @@ from rollout_server.weights.wire import Parts, TensorSpec
 _TOGETHER = 64 << 20  # bytes that are gathered at once
 
 
-class Partitioned(Source):
+class ZeRO3Source(Source):
     """Parameters with `ds_id`; DeepSpeed gathers them, a few at a time, besides the buckets."""
 
     collective = True
