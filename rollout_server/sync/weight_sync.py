@@ -146,10 +146,12 @@ class WeightSync:
         have brought their engines to rest; restoring: the trainer hasn't asked for it, and may be
         at work."""
         limit = self._config.sync_timeout
+        # 1. Look.
         with together("sync_weights()", limit):
             source = self._look(verify)
         sync, self._waiting = self._waiting or self._lifecycle.sync(restoring), None
         try:
+            # 2. Rest.
             with together("sync_weights(): bringing the engine to rest", patience):
                 if not sync.begun:
                     with self._ranks.busy():  # it may have to start another
@@ -161,13 +163,16 @@ class WeightSync:
                 self.sender.reset(here=sync.fresh)
                 # Beside a "resident" engine the trainer may be at a step.
                 verify = not (restoring and self._config.colocate == "resident")
+            # 3. Write.
             same = restoring and self._policy.stamp() == self._stamp
             with together("sync_weights(): writing", limit):
                 send = self._send_steadily if restoring else self.sender.send
                 written = send(source, sync)
+            # 4. Verify.
             if verify:
                 with together("sync_weights(): comparing", limit):
                     self.sender.compare(source, sync)
+            # 5. Commit.
             with together("sync_weights(): resuming", limit):
                 newest = max(version for _, version in engines)
                 version = self._call(sync.commit(same, newest))
