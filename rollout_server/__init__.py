@@ -14,7 +14,7 @@ try:
     from rollout_server.errors import RolloutServerError
     from rollout_server.lifecycle.state import State
     from rollout_server.server import RolloutServer
-    from rollout_server.sync.weight_sync import SyncReport
+    from rollout_server.weights.report import SyncReport
 except Exception as _error:  # a broken installation; rollout_server.doctor must still run in it
     _broken = _error
 

@@ -55,7 +55,8 @@ def attach(
     for name in TRAINERS:
         adapter = importlib.import_module(name)
         if adapter.recognises(trainer_or_model):
-            return adapter.attach(trainer_or_model, config, rollout)
+            server: RolloutServer = adapter.attach(trainer_or_model, config, rollout)
+            return server
     raise ConfigError(
         f"attach() was given a {type(trainer_or_model).__name__} alone; give a TRL GRPOTrainer or "
         "RLOOTrainer, or a model and its tokenizer"

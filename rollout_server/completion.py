@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from rollout_server.errors import SamplingError
 
@@ -39,9 +39,9 @@ def prompt_list(prompts: Prompt | Sequence[Prompt], tokenizer: Any) -> list[list
     A prompt is a string (tokenised as it is, special tokens included), token ids, or messages
     (rendered with the chat template, and the start of the assistant's turn added).
     """
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, dict))):
-        prompts = [prompts]
-    return [_ids(i, p, tokenizer) for i, p in enumerate(prompts)]
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
+    several = cast(Sequence[Prompt], [prompts] if one else prompts)
+    return [_ids(i, p, tokenizer) for i, p in enumerate(several)]
 
 
 def text_tokenizer(tokenizer: Any) -> Any:

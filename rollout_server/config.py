@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import ipaddress
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rollout_server.errors import ConfigError, NotAvailableError
 
@@ -168,7 +168,7 @@ class RolloutConfig:
                 raise ConfigError(f"attach() has no option {name!r}; {hint}")
         return cls(**options)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _one_of("colocate", self.colocate, COLOCATE)
         _one_of("in_flight", self.in_flight, IN_FLIGHT)
         _one_of("dtype", self.dtype, DTYPES)
@@ -241,7 +241,7 @@ class RolloutConfig:
         """How often within an hour this server's engine can be restarted."""
         return self.max_restarts if self.tensor_parallel == 1 else 0
 
-    def _check_parallel(self):
+    def _check_parallel(self) -> None:
         _whole("engine_args['tensor_parallel_size']", self.tensor_parallel, low=1)
         if self.tensor_parallel > 1 and self.colocate == "share":
             raise ConfigError(
@@ -265,18 +265,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(name, value, allowed):
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}{hint}")
 
 
-def _text(name, value, secret=False):
+def _text(name: str, value: object, secret: bool = False) -> None:
     if not isinstance(value, str) or not value.strip():
         shown = "" if secret else f"={value!r}"
         raise ConfigError(f"{name}{shown}: give a string that isn't empty")
@@ -285,10 +285,12 @@ def _text(name, value, secret=False):
         raise ConfigError(f"{name}: use printable ASCII characters without spaces")
 
 
-def _whole(name, value, low, high=None, optional=False):
+def _whole(
+    name: str, value: object, low: int, high: int | None = None, optional: bool = False
+) -> None:
     if value is None and optional:
         return
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
+    if not whole or not low <= cast(int, value) <= (math.inf if high is None else high):
         bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ConfigError(f"{name}={value!r}: give a whole number {bound}")

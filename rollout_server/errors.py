@@ -72,7 +72,9 @@ class RankError(RolloutServerError):
     kind: name of the other rank's error; empty if it made another call.
     """
 
-    kind = ""
+    def __init__(self, text: str, kind: str = ""):
+        super().__init__(text)
+        self.kind = kind
 
 
 class SamplingError(RolloutServerError, ValueError):

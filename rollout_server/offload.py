@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 def on_accelerator(tensor: torch.Tensor) -> bool:
-    return tensor.device.type != "cpu"
+    return bool(tensor.device.type != "cpu")
 
 
 class OptimizerOffload:

@@ -8,20 +8,34 @@ none of the trainer's can be disturbed.
 
 import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import torch.distributed as dist
 
 from rollout_server.concurrency.interrupts import waiting
 from rollout_server.errors import ConfigError, DeadlineError, RankError
 
+_c10d: Any = dist.distributed_c10d  # torch's stores have no types
 _joined = itertools.count()
 _BUSY = "busy/{}"
 _SHORTEST, _LONGEST = 0.0002, 0.01  # seconds between two looks into the store
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+
+
+class _Said(msgspec.Struct, array_like=True):
+    """What one rank tells the others: the call that it makes, and a value for it, or why it can't.
+
+    value: packed, since only the call tells of what type it is.
+    """
+
+    what: str
+    value: msgspec.Raw
+    failure: str | None
 
 
 class Ranks:
@@ -42,9 +56,9 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls(0, 1, None)
         # A connection of its own: waits block it.
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = _c10d._get_default_store().clone()
         prefix = f"rollout_server/{next(_joined)}"
-        return cls(dist.get_rank(), dist.get_world_size(), dist.PrefixStore(prefix, store), prefix)
+        return cls(dist.get_rank(), dist.get_world_size(), _c10d.PrefixStore(prefix, store), prefix)
 
     @property
     def local_rank(self) -> int:
@@ -69,13 +83,15 @@ class Ranks:
         store = self._store.underlying_store.clone()
         first = self.rank // size * size
         name = f"{self._name}/{first}"
-        return Ranks(self.rank - first, size, dist.PrefixStore(name, store), name, first)
+        return Ranks(self.rank - first, size, _c10d.PrefixStore(name, store), name, first)
 
-    def gather(self, what: str, value: Any, timeout: float) -> list[Any]:
-        """The `value` of every rank, in their order; JSON carries it.
+    def gather(self, what: str, value: T, timeout: float, kind: Any = Any) -> list[T]:
+        """The `value` of every rank, in their order; msgpack carries it.
 
-        what: the call that all ranks make now. Raises `DeadlineError` naming the ranks that haven't
-        come within `timeout` seconds, `RankError` if one has failed or calls something else.
+        what: the call that all ranks make now; kind: the value's type, for one that isn't made of
+        builtins (bytes, lists and dicts among them). Raises `DeadlineError` naming the ranks that
+        haven't come within `timeout` seconds, `RankError` if one has failed or calls something
+        else.
         """
         if self.size == 1:
             return [value]
@@ -85,7 +101,7 @@ class Ranks:
             while not waiting(lambda seconds: self._there(keys, seconds), timeout):
                 if not any(self._store.check([_BUSY.format(rank)]) for rank in self._late(keys)):
                     raise RuntimeError("the wait has ended")
-            told = [json.loads(self._store.get(key)) for key in keys]
+            told = [msgspec.msgpack.decode(self._store.get(key), type=_Said) for key in keys]
         except RuntimeError as error:  # of the store too, where rank 0 is gone
             raise DeadlineError(
                 f"{what}: {self._missing(keys)} within {timeout:g} s; every rank must call it, and "
@@ -94,19 +110,20 @@ class Ranks:
         if number > 1:  # all have read what was told two rounds ago
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(f"{number - 2}/{self.rank}")
-        for rank, (other, _, failure) in enumerate(told, self._first):
-            if failure is not None:
-                error = RankError(f"{what}: rank {rank} failed: {failure}")
-                error.kind = failure.partition(":")[0]
-                raise self._known(error)
-            if other != what:
+        for rank, said in enumerate(told, self._first):
+            if said.failure is not None:
+                kind_of_error = said.failure.partition(":")[0]
+                raise self._known(
+                    RankError(f"{what}: rank {rank} failed: {said.failure}", kind_of_error)
+                )
+            if said.what != what:
                 raise self._known(
                     RankError(
-                        f"{what}: rank {rank} called {other} meanwhile; ranks must make the same "
-                        "calls in the same order"
+                        f"{what}: rank {rank} called {said.what} meanwhile; ranks must make the "
+                        "same calls in the same order"
                     )
                 )
-        return [value for _, value, _ in told]
+        return [msgspec.msgpack.decode(said.value, type=kind) for said in told]
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -141,14 +158,16 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 self._say(what, failure=f"{type(error).__name__}: {error}")
 
-    def _known(self, error: BaseException) -> BaseException:
-        error.known_to = self._name
+    def _known(self, error: E) -> E:
+        """Mark an error as one that the others have been told of, or told of themselves."""
+        vars(error)["known_to"] = self._name
         return error
 
     def _say(self, what: str, value: Any = None, failure: str | None = None) -> int:
         """Tell the others, without waiting for them; the number of this round."""
         number = next(self._rounds)
-        self._store.set(f"{number}/{self.rank}", json.dumps([what, value, failure]))
+        said = _Said(what, msgspec.Raw(msgspec.msgpack.encode(value)), failure)
+        self._store.set(f"{number}/{self.rank}", msgspec.msgpack.encode(said))
         return number
 
     def _there(self, keys: list[str], seconds: float) -> bool:

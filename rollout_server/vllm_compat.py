@@ -23,7 +23,7 @@ def require_vllm() -> str:
         )
     import vllm
 
-    version = vllm.__version__  # the CPU build's metadata has another name, so not from there
+    version: str = vllm.__version__  # the CPU build's metadata has another name, so not from there
     numbers = tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
     if len(numbers) == 2 and not OLDEST <= numbers <= NEWEST:
         raise EngineMissingError(f"vllm {version} isn't supported; install a version from {_RANGE}")
@@ -58,7 +58,8 @@ def frontend_arguments() -> argparse.Namespace:
         _ENTRY + "launchers.cli_args",  # 0.29
         _ENTRY + "openai.cli_args",
     )
-    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    defaults: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    return defaults
 
 
 def app_builders() -> tuple[Any, Any]:
@@ -81,7 +82,8 @@ def engine_death() -> type[Exception]:
     """What vLLM raises for requests of an engine that died."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    return EngineDeadError
+    kind: type[Exception] = EngineDeadError
+    return kind
 
 
 async def pause(client: Any) -> None:

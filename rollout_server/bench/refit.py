@@ -249,9 +249,14 @@ def _resting(
         return server._loop.call(work, server._config.transition_time, "refit")
 
     sync = server._lifecycle.sync()
+
+    async def write(work: Callable) -> Any:
+        async with sync.writing():
+            return await work(server._engine)
+
     try:
         call(sync.begin())
-        yield lambda work: call(sync.write(work))
+        yield lambda work: call(write(work))
     except BaseException as error:
         call(sync.abort(error))
         raise

@@ -49,8 +49,7 @@ def held(grace: float = 0.0) -> Iterator[None]:
         yield
     finally:
         while _handlers:  # SIGINT's last: from then on it raises here again
-            number, handler = _handlers.popitem()
-            signal.signal(number, handler)
+            signal.signal(*_handlers.popitem())
         while _noted:
             signal.raise_signal(_noted.pop(0)[0])
 

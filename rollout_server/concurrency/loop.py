@@ -10,10 +10,13 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from rollout_server.concurrency.interrupts import held, waiting
 from rollout_server.errors import DeadlineError, StateError
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -21,30 +24,31 @@ def _new_loop() -> asyncio.AbstractEventLoop:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
-async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
+async def in_thread(work: Callable[[*Ts], T], *args: *Ts) -> T:
     """What `work` returns or raises, which may block. Other than with `asyncio.to_thread`, a wait
     that was given up doesn't hold up the end of the process."""
     loop = asyncio.get_running_loop()
-    future = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
     run = functools.partial(_settle, loop, future, functools.partial(work, *args))
     threading.Thread(target=run, name="rollout-wait", daemon=True).start()
     return await future
 
 
-class Keeper:
+class SpawnerThread:
     """A thread that does one thing and then lives on until `stop`: the processes that it started
     die with it (PR_SET_PDEATHSIG)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._ended = threading.Event()
 
-    async def call(self, work: Callable[[], Any]) -> Any:
+    async def call(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises; once."""
         loop = asyncio.get_running_loop()
-        future = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
 
         def run() -> None:
             _settle(loop, future, work)
@@ -58,7 +62,7 @@ class Keeper:
 
 
 def _settle(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future, work: Callable[[], Any]
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], work: Callable[[], T]
 ) -> None:
     """Do `work` and tell its outcome to a future of another thread's loop."""
 
@@ -66,6 +70,7 @@ def _settle(
         if not future.done():
             method(value)
 
+    outcome: tuple[Callable[[Any], None], Any]
     try:
         outcome = future.set_result, work()
     except BaseException as error:
@@ -93,7 +98,7 @@ class LoopThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def call(self, work: Coroutine, timeout: float, what: str) -> Any:
+    def call(self, work: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         """Run `work` on the loop and wait for its result from another thread.
 
         Past `timeout` seconds the coroutine is cancelled and `DeadlineError` raised; a
@@ -103,7 +108,7 @@ class LoopThread:
             future = self.submit(work, what)
             return self.result(future, timeout, what)
 
-    def submit(self, work: Coroutine, what: str) -> concurrent.futures.Future:
+    def submit(self, work: Coroutine[Any, Any, T], what: str) -> concurrent.futures.Future[T]:
         """Have `work` run on the loop, and go on; `result` waits for it."""
         if threading.current_thread() is self._thread:
             work.close()
@@ -115,7 +120,7 @@ class LoopThread:
             raise StateError(f"{what}: the server's thread has ended; attach() again")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def result(self, future: concurrent.futures.Future, timeout: float, what: str) -> Any:
+    def result(self, future: concurrent.futures.Future[T], timeout: float, what: str) -> T:
         """What `call` returns or raises, of something submitted before."""
         try:
             if waiting(lambda seconds: self._settled(future, seconds), timeout):
@@ -128,7 +133,7 @@ class LoopThread:
         future.cancel()
         raise DeadlineError(f"{what}: not done after {timeout:g} s")
 
-    def _settled(self, future: concurrent.futures.Future, seconds: float) -> bool:
+    def _settled(self, future: concurrent.futures.Future[Any], seconds: float) -> bool:
         """Whether it is done, by then; `CancelledError` if it never will be."""
         if concurrent.futures.wait({future}, seconds).done:
             return True

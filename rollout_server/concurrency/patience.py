@@ -36,6 +36,7 @@ async def patient(seconds: float) -> AsyncIterator[None]:
     """As `asyncio.timeout`: `TimeoutError` if the block isn't done within `seconds`."""
     loop, patience = asyncio.get_running_loop(), Patience(seconds)
     async with asyncio.timeout(None) as timeout:
+        timer: asyncio.TimerHandle
 
         def look() -> None:
             nonlocal timer

@@ -2,25 +2,30 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
-class Overtaken(Exception):
+class Preempted(Exception):
     """The other thing came first."""
 
 
-async def unless(other: Callable[[], Coroutine], work: Coroutine) -> Any:
-    """What `work` gives; `Overtaken`, and it is cancelled, if `other` ends before. Neither runs any
+async def run_until(
+    other: Callable[[], Coroutine[Any, Any, Any]], work: Coroutine[Any, Any, T]
+) -> T:
+    """What `work` gives; `Preempted`, and it is cancelled, if `other` ends before. Neither runs any
     more afterwards."""
-    tasks = [asyncio.ensure_future(work)]
+    task = asyncio.ensure_future(work)
+    tasks: list[asyncio.Task[Any]] = [task]
     try:
         await asyncio.sleep(0)
-        if not tasks[0].done():  # most needn't wait
+        if not task.done():  # most needn't wait
             tasks.append(asyncio.ensure_future(other()))
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise Overtaken
-        return tasks[0].result()
+        if not task.done():
+            raise Preempted
+        return task.result()
     finally:
         for task in tasks:
             task.cancel()

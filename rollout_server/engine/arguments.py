@@ -1,6 +1,5 @@
 """What vLLM's engine is started with."""
 
-import contextlib
 import getpass
 import os
 import re
@@ -8,13 +7,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rollout_server import vllm_compat as compat
 from rollout_server.config import RolloutConfig
-from rollout_server.errors import ConfigError, OutOfMemoryError
+from rollout_server.engine.log import first_lines
+from rollout_server.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from rollout_server.weights.wire import LOAD_FORMAT
 
 GIB = 1 << 30
-# A socket's path may have 107 characters; vLLM's names have 36.
-SOCKET_FOLDER = 107 - 36 - 1
 WORKER_EXTENSION = "rollout_server.worker.extension.WeightReceiver"
 CPU_WORKER = "rollout_server.worker.cpu_worker.CpuWorker"
 
@@ -82,18 +81,25 @@ def engine_arguments(
     return chosen | dict(config.engine_args)
 
 
-def temporary_folder() -> str:
-    """A new folder whose path is short enough for the sockets in it."""
-    for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        with contextlib.suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="rollout_server-", dir=parent)
-            if len(folder) <= SOCKET_FOLDER:
-                return folder
-            os.rmdir(folder)
-    raise ConfigError(
-        f"no folder for temporary files: {tempfile.gettempdir()} can't be written to, or its path "
-        "is too long for sockets; set TMPDIR to a short one"
-    )
+def vllm_config(arguments: Mapping[str, Any]) -> Any:
+    """vLLM's `VllmConfig` for `AsyncEngineArgs` fields; `ConfigError` or `UnsupportedModelError` if
+    it refuses them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    try:
+        return AsyncEngineArgs(**arguments).create_engine_config()
+    except TypeError as error:
+        raise ConfigError(
+            f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}"
+        ) from error
+    except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
+        text = str(error)
+        if "rchitecture" in text:
+            raise UnsupportedModelError(
+                f"vLLM has no such architecture: {first_lines(text)}; serve a model whose class "
+                "vLLM implements, or register yours with vllm.ModelRegistry"
+            ) from error
+        raise ConfigError(f"vLLM refuses the engine's options: {first_lines(text)}") from error
 
 
 def device_name(device: int | None) -> str | None:
@@ -139,7 +145,7 @@ def engine_variables(
         if len(devices) > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             variables["VLLM_CPU_OMP_THREADS_BIND"] = _cores_of_each(len(devices))
     elif None not in devices:
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(filter(None, devices))
     return variables
 
 
@@ -170,7 +176,7 @@ def tool_parser(config: RolloutConfig, chat_template: Any) -> str | None:
 def _cpu_kv_cache(config: RolloutConfig) -> int:
     import psutil
 
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     wanted = config.kv_cache_memory_bytes
     if wanted is None:
         return min(GIB, free // 4)

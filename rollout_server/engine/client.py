@@ -22,20 +22,22 @@ _COUNTING = (
 )  # fmt: skip
 
 
-class Client(AsyncLLM):
+class ResumableAsyncLLM(AsyncLLM):
     """vLLM's client with a core that can be replaced.
 
-    durable: whether requests wait for another core when this one has died, or fail with it.
-    deaths: a request that was there at so many, and sampled nothing in between, may be their cause.
+    resume_requests: whether requests wait for another core when this one has died, or fail.
+    max_crashes: a request that was there at so many, and sampled nothing in between, may be their
+        cause.
     """
 
-    durable = False
-    deaths = 3
+    resume_requests = False
+    max_crashes = 3
     _holding = False  # of requests, until the new core may run them
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.output_processor.propagate_error = self._on_error
+        processor: Any = self.output_processor
+        processor.propagate_error = self._on_error
         self._keep_requests()
 
     @property
@@ -45,32 +47,33 @@ class Client(AsyncLLM):
 
     @property
     def errored(self) -> bool:
-        return self.core_dead and not self.durable
+        return self.core_dead and not self.resume_requests
 
     def start_core(self) -> EngineCoreClient:
         """A core like the one that died. Blocks until it is there."""
-        return EngineCoreClient.make_async_mp_client(
+        core: EngineCoreClient = EngineCoreClient.make_async_mp_client(
             vllm_config=self.vllm_config,
             executor_class=Executor.get_class(self.vllm_config),
             log_stats=self.log_stats,
         )
+        return core
 
     def use_core(self, core: EngineCoreClient) -> None:
         """Talk to `core` from now on. Requests are held until `readmit`."""
         self.engine_core, self.output_handler = core, None
         self._holding = True
         self._keep_requests()
-        self._run_output_handler()
+        self._run_output_handler()  # type: ignore[no-untyped-call]
 
     async def readmit(self) -> None:
         """Give the core what is there of requests, those that ran on the one before included."""
         self._holding = False
-        states = self.output_processor.request_states
+        states: dict[str, Any] = self.output_processor.request_states
         for state in list(states.values()):
             request = getattr(state, "core_request", None)
             if request is None or state.request_id not in states:
                 continue
-            if (refusal := _refusal(state, request, self.deaths)) is not None:
+            if (refusal := _refusal(state, request, self.max_crashes)) is not None:
                 self._fail(state, refusal)
                 continue
             request = self._going_on(state, request)
@@ -79,15 +82,16 @@ class Client(AsyncLLM):
 
     def give_up(self, why: str) -> None:
         """No other core will come: whoever waits gets `EngineDeadError`."""
-        self.durable = False
+        self.resume_requests = False
         self._on_error(_dead(why))
 
     def _on_error(self, error: Exception) -> None:
-        if not self.durable:
+        if not self.resume_requests:
             type(self.output_processor).propagate_error(self.output_processor, error)
 
     def _keep_requests(self) -> None:
-        core, states = self.engine_core, self.output_processor.request_states
+        core: Any = self.engine_core
+        states: dict[str, Any] = self.output_processor.request_states
         self._send = core.add_request_async
 
         async def add(request: Any) -> None:
@@ -100,24 +104,24 @@ class Client(AsyncLLM):
             try:
                 await self._send(request)
             except Exception:
-                if state is None or not (self.durable and self.core_dead):
+                if state is None or not (self.resume_requests and self.core_dead):
                     raise
 
         core.add_request_async = add
 
-    def _going_on(self, state: RequestState, request: Any) -> Any:
+    def _going_on(self, state: Any, request: Any) -> Any:
         """The request with what was sampled as a part of its prompt."""
         ids = list(state.detokenizer.output_token_ids)
         if not ids:
             return request
         if _anew(state, request):  # nothing was passed on yet
             processor = self.output_processor
-            fresh = RequestState.from_new_request(
+            fresh: Any = RequestState.from_new_request(
                 tokenizer=processor.tokenizer, request=request, prompt=state.prompt,
                 parent_req=state.parent_req, request_index=state.request_index, queue=state.queue,
                 log_stats=processor.log_stats, stream_interval=processor.stream_interval,
             )  # fmt: skip
-            fresh.core_request, fresh.deaths = request, state.deaths
+            fresh.core_request, fresh.crashes = request, state.crashes
             processor.request_states[state.request_id] = fresh
             return request
         params = request.sampling_params.clone()
@@ -132,22 +136,22 @@ class Client(AsyncLLM):
         rest.sampling_params = params
         return rest
 
-    def _fail(self, state: RequestState, why: str) -> None:
+    def _fail(self, state: Any, why: str) -> None:
         queue, state.queue = state.queue, None  # which would be told "abort"
         self.output_processor.abort_requests([state.request_id], internal=True)
         queue.put(_dead(why))
 
 
-def _refusal(state: RequestState, request: Any, most: int) -> str | None:
+def _refusal(state: Any, request: Any, most: int) -> str | None:
     """Why a request can't go on with a new core."""
     if state.detokenizer is None:
         return "the engine died meanwhile"
     sampled = len(state.detokenizer.output_token_ids)
-    before, deaths = getattr(state, "deaths", (0, 0))
+    before, crashes = getattr(state, "crashes", (0, 0))
     if getattr(state, "had_by_core", False):
-        state.deaths = sampled, deaths = sampled, deaths + 1 if sampled == before else 1
+        state.crashes = sampled, crashes = sampled, crashes + 1 if sampled == before else 1
     state.had_by_core = False
-    if deaths >= most:
+    if crashes >= most:
         return f"the engine died {most} times while it had this request, and may do so again"
     if sampled and _streamed(state) and (field := _counting(request.sampling_params)):
         return (
@@ -157,7 +161,7 @@ def _refusal(state: RequestState, request: Any, most: int) -> str | None:
     return None
 
 
-def _anew(state: RequestState, request: Any) -> bool:
+def _anew(state: Any, request: Any) -> bool:
     """Whether it must be sampled again from its beginning."""
     params = request.sampling_params
     again = _counting(params) is not None or params.prompt_logprobs is not None
@@ -169,7 +173,7 @@ def _counting(params: Any) -> str | None:
     return next((name for name in _COUNTING if getattr(params, name, None)), None)
 
 
-def _streamed(state: RequestState) -> bool:
+def _streamed(state: Any) -> bool:
     return state.output_kind is not RequestOutputKind.FINAL_ONLY
 
 

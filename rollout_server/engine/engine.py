@@ -6,82 +6,89 @@ Every coroutine here runs on the server's loop, where the client was made.
 import asyncio
 import contextlib
 import functools
-import os
-import re
-import time
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
-
-import psutil
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from rollout_server import vllm_compat as compat
-from rollout_server.concurrency.loop import Keeper
+from rollout_server.concurrency.loop import SpawnerThread
+from rollout_server.engine import log
+from rollout_server.engine.arguments import vllm_config
+from rollout_server.engine.processes import EngineProcesses, kill, kill_trees
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.engine.spawn import engine_children, engine_environment
 from rollout_server.engine.stats import PeakUsage, stat_logger
 from rollout_server.errors import (
     ConfigError,
     EngineDeadError,
-    EngineStartError,
-    OutOfMemoryError,
     UnsupportedModelError,
     WeightSyncError,
 )
-from rollout_server.weights.wire import Message
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|MemoryError|less than (requested|desired)|No available memory|"
-    r"larger than the (maximum|available)|needed, which is larger"
+from rollout_server.weights.wire import (
+    Compared,
+    EngineDescription,
+    Failed,
+    Forgotten,
+    Message,
+    WorkerDescription,
+    Written,
+    united,
+    unpack,
+    unpack_report,
 )
-LOG_LINES = 40
-_LIVENESS_PERIOD = 0.5
+
+_LIVENESS_PERIOD = 0.5  # seconds
+T = TypeVar("T")
 
 
 class Engine:
-    """A running engine. Made by `Engine.start`, ended by `close`; `restart` brings up another in
-    the place of one that died.
+    """A running engine of this rank alone, see `EngineProtocol`. Made by `Engine.start`, ended by
+    `close`; `restart` brings up another in the place of one that died."""
 
-    workers: what each says of itself, see `WeightReceiver`; description: the same of all of them.
-    """
+    client: Any
+    description: EngineDescription
 
     def __init__(
-        self, client: Any, peak: PeakUsage, children: Callable, log: str, pids: list[int]
-    ):  # fmt: skip
+        self,
+        client: Any,
+        peak: PeakUsage,
+        children: Callable[[], AbstractContextManager[None]],
+        log_path: str,
+        pids: list[int],
+    ):
         self.client = client
         self._peak = peak
-        self.workers: list[dict[str, Any]] = []
-        self.description: dict[str, Any] = {}
+        self.description = EngineDescription([])
         self._children = children
-        self._log = log
+        self._log = log_path
         self._pids = pids
-        self._keeper: Keeper | None = None
-        self._processes = _processes(client)
+        self._spawner: SpawnerThread | None = None
+        self._processes = EngineProcesses(client)
 
     @classmethod
     async def start(
         cls,
         arguments: Mapping[str, Any],
         variables: Mapping[str, str],
-        log: str,
+        log_path: str,
         pids: list[int],
     ) -> "Engine":
         """Start vLLM with `AsyncEngineArgs` fields `arguments` and environment `variables`.
 
-        `log` is the file that the engine's processes write to; their ids go into `pids` as they
-        start. Blocks the loop, on which nothing else runs yet. Raises `UnsupportedModelError`,
+        `log_path` is the file that the engine's processes write to; their ids go into `pids` as
+        they start. Blocks the loop, on which nothing else runs yet. Raises `UnsupportedModelError`,
         `ConfigError`, `OutOfMemoryError` or `EngineStartError`; no process is left behind then.
         """
         peak = PeakUsage()
-        children = functools.partial(engine_children, log, variables, pids)
+        children = functools.partial(engine_children, log_path, variables, pids)
         with engine_environment(variables), children():
             try:
-                config = _vllm_config(arguments)
+                config = vllm_config(arguments)
                 from vllm.usage.usage_lib import UsageContext
 
-                from rollout_server.engine.client import Client
+                from rollout_server.engine.client import ResumableAsyncLLM
 
-                client = Client.from_vllm_config(
+                client = ResumableAsyncLLM.from_vllm_config(
                     config,
                     usage_context=UsageContext.OPENAI_API_SERVER,
                     stat_loggers=[stat_logger(peak)],
@@ -91,16 +98,16 @@ class Engine:
                 raise
             except Exception as error:
                 kill_trees(pids)
-                raise _start_error(error, log) from error
-        engine = cls(client, peak, children, log, pids)
+                raise log.start_error(error, log_path) from error
+        engine = cls(client, peak, children, log_path, pids)
         try:
             await engine._describe()
-            if refused := engine.description["refused"]:
+            if refused := engine.description.refused:
                 raise UnsupportedModelError(
                     "vLLM's model and the policy don't have the same tensors; attach a model whose "
                     f"architecture vLLM implements as it is:\n{refused}"
                 )
-            if why := engine.description["unshareable"]:
+            if why := engine.description.unshareable:
                 raise ConfigError(
                     f"colocate='share' isn't possible: {why}. Load the policy in the dtype that "
                     "the engine computes in, or use colocate='sleep'"
@@ -111,21 +118,19 @@ class Engine:
         return engine
 
     async def restart(self) -> None:
-        """Start another engine in the place of the one that died, `kill`ed first. It has no weights
-        yet, and no requests until `readmit`. Raises `EngineStartError`."""
         self.kill()
-        keeper = Keeper()
+        spawner = SpawnerThread()
         try:
-            core = await keeper.call(self._start_core)
+            core = await spawner.call(self._start_core)
         except BaseException as error:
             self.kill()
-            keeper.stop()
+            spawner.stop()
             if not isinstance(error, Exception):
                 raise
-            raise _start_error(error, self._log) from error
-        self._keeper = keeper
+            raise log.start_error(error, self._log) from error
+        self._spawner = spawner
         self.client.use_core(core)
-        self._processes = _processes(self.client)
+        self._processes = EngineProcesses(self.client)
         await self._describe()
 
     def _start_core(self) -> Any:
@@ -133,92 +138,82 @@ class Engine:
             return self.client.start_core()
 
     async def _describe(self) -> None:
-        self.workers = await self._on_workers("rollout_describe")
-        self.description = _merged(self.workers)
+        await self._on_workers("rollout_finish_loading")
+        told = await self._on_workers("rollout_describe")
+        self.description = EngineDescription([unpack(one, WorkerDescription) for one in told])
 
     def kill(self) -> None:
-        """End whatever is left of the engine's processes, at once."""
-        _kill(self._tree())
+        kill(self._processes.tree())
         kill_trees(self._pids)
         self._pids.clear()  # their numbers may be given to other processes
         with contextlib.suppress(Exception):
             self.client.engine_core.shutdown(timeout=0)
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._spawner is not None:
+            self._spawner.stop()
 
     async def readmit(self) -> None:
-        """Let requests run on the engine that was restarted."""
         await self._alive(self.client.readmit())
 
     def give_up(self, why: str) -> None:
-        """There won't be another engine: requests that wait for one fail."""
         self.client.give_up(why)
 
     def let_requests_wait(self, restarts: int) -> None:
-        """Requests outlive the engine that runs them from now on: when it dies, `restart` or
-        `give_up` follows. A request that may be the cause is given half of the `restarts`."""
-        self.client.durable = True
-        self.client.deaths = max(2, (restarts + 1) // 2)
+        self.client.resume_requests = True
+        self.client.max_crashes = max(2, (restarts + 1) // 2)
 
     async def ping(self) -> None:
-        """Return when the engine answers."""
         await self._on_workers("rollout_ping")
 
     @property
+    def worker(self) -> WorkerDescription:
+        """The worker on this rank's device: the only one."""
+        return self.description.workers[0]
+
+    @property
     def pid(self) -> int:
-        """Process id of the engine core."""
-        return self._processes[0].pid
+        return self._processes.pid
 
     @property
     def max_model_len(self) -> int:
-        return self.client.model_config.max_model_len
+        length: int = self.client.model_config.max_model_len
+        return length
 
     @property
     def dead(self) -> bool:
-        return self.client.core_dead or not all(_runs(p) for p in self._processes)
+        return self.client.core_dead or not self._processes.all_run
 
     @property
     def condition(self) -> str:
-        """What its process does, for errors: "running", "stopped", "ended", ..."""
-        try:
-            return f"process {self.pid} is {self._processes[0].status()}"
-        except psutil.Error:
-            return f"process {self.pid} has ended"
+        return self._processes.condition
 
     @property
     def running(self) -> int:
-        """How many generations there are, frozen ones included."""
-        return self.client.output_processor.get_num_unfinished_requests()
+        number: int = self.client.output_processor.get_num_unfinished_requests()
+        return number
 
     @property
     def resident_bytes(self) -> int:
-        """Resident memory of the engine's processes on the host."""
-        total = 0
-        for process in self._tree():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_info().rss
-        return total
+        return self._processes.resident_bytes
 
     def take_kv_cache_peak(self) -> float:
-        """The highest share (0 to 1) of the KV cache in use since this was last called."""
         return self._peak.take()
 
-    def log_tail(self, lines: int = LOG_LINES) -> str:
-        return _tail(self._log, lines)
+    def log_tail(self, lines: int = log.LOG_LINES) -> str:
+        return log.tail(self._log, lines)
 
     def require_alive(self) -> None:
         if self.dead:
-            log = self.log_tail()
+            end = self.log_tail()
             raise EngineDeadError(
-                f"the engine has ended ({_cause(log) or 'its log names no cause'}). "
-                f"The end of its log:\n{log}"
+                f"the engine has ended ({log.cause(end) or 'its log names no cause'}). "
+                f"The end of its log:\n{end}"
             )
 
     async def generate(
         self, prompt: list[int], fields: Mapping[str, Any], request_id: str
     ) -> list[Any]:
         """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample."""
-        if not self.client.durable:
+        if not self.client.resume_requests:
             self.require_alive()
         params = sampling_params(fields)
         set_outputs(params, "final")
@@ -232,76 +227,79 @@ class Engine:
         return outputs
 
     async def drain(self) -> None:
-        """Return when no request runs. Nothing new must be let in meanwhile."""
         while self.client.output_processor.has_unfinished_requests():
             self.require_alive()
             await asyncio.sleep(0.01)
 
     async def pause(self) -> None:
-        """Freeze running requests and forget all caches; what was computed for them as well."""
         await self._alive(compat.pause(self.client))
 
     async def resume(self) -> None:
         await self._alive(self.client.resume_generation())
 
     async def sleep(self) -> None:
-        """Release weights and KV cache (vLLM's level 2), freezing what runs."""
         await self._alive(self.client.sleep(level=2, mode="keep"))
 
     async def wake_weights(self) -> None:
         await self._alive(self.client.wake_up(tags=["weights"]))
 
     async def wake_kv_cache(self) -> None:
-        """Bring the KV cache back; scheduling resumes with it."""
         await self._alive(self.client.wake_up(tags=["kv_cache"]))
 
-    async def write_weights(self, message: Message) -> dict[str, Any]:
-        """Copy a part of the trainer's tensors by the plan; see `WeightReceiver`."""
-        return (await self._weights("rollout_write", message))[0]
+    async def write_weights(self, message: Message) -> Written:
+        return await self._write("rollout_write", message)
 
     async def reload_weights(
         self, message: Message, first: bool, last: bool, layerwise: bool
-    ) -> dict[str, Any]:
-        """Give a part of the trainer's tensors to vLLM's loader."""
-        return (await self._weights("rollout_reload", message, first, last, layerwise))[0]
+    ) -> Written:
+        return await self._write("rollout_reload", message, first, last, layerwise)
 
-    async def compare_weights(self, message: Message) -> list[str]:
-        """Names of the tensors, of a part, that differ from what the engine holds."""
-        return _united(await self._weights("rollout_compare", message), "mismatched")
+    async def compare_weights(self, message: Message) -> Compared:
+        return await self._compare("rollout_compare", message)
 
     async def write_adapter(
         self, message: Message, scaling: Mapping[str, float], fresh: bool
-    ) -> dict[str, Any]:
-        """Copy a LoRA adapter into vLLM's buffers; `fresh`: which have nothing of it."""
-        return (await self._weights("rollout_write_adapter", message, scaling, fresh))[0]
+    ) -> Written:
+        return await self._write("rollout_write_adapter", message, dict(scaling), fresh)
 
-    async def compare_adapter(self, message: Message) -> list[str]:
-        """Names of the adapter's tensors that differ from what the engine holds."""
-        return _united(await self._weights("rollout_compare_adapter", message), "mismatched")
+    async def compare_adapter(self, message: Message) -> Compared:
+        return await self._compare("rollout_compare_adapter", message)
 
-    async def anywhere(self, flag: bool) -> bool:
-        """Whether `flag` holds for any rank that has this engine: here there is one."""
+    async def any_rank(self, flag: bool) -> bool:
         return flag
 
-    async def forget_weights(self, first: int) -> None:
-        """Let go of the trainer's memory behind the parts from number `first` on."""
-        await self._weights("rollout_forget", first)
+    async def run_on_leader(self, what: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        await work()
 
-    async def _weights(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """Each worker's report; `WeightSyncError` if any failed."""
-        reports = await self._on_workers(method, *args)
-        for report in reports:
-            if "error" in report:
-                raise WeightSyncError(f"the engine couldn't take the weights:\n{report['error']}")
+    async def forget_weights(self, first: int) -> None:
+        await self._reports(Forgotten, "rollout_forget", first)
+
+    async def _write(self, method: str, *args: Any) -> Written:
+        """The first worker's report: all have read the same, or their parts of it."""
+        return (await self._reports(Written, method, *args))[0]
+
+    async def _compare(self, method: str, *args: Any) -> Compared:
+        """What differs on any of the workers."""
+        reports = await self._reports(Compared, method, *args)
+        return Compared(united(report.mismatched for report in reports))
+
+    async def _reports(self, kind: type[T], method: str, *args: Any) -> list[T]:
+        """Each worker's; `WeightSyncError` if any failed."""
+        reports = []
+        for packed in await self._on_workers(method, *args):
+            report = unpack_report(packed, kind)
+            if isinstance(report, Failed):
+                raise WeightSyncError(f"the engine couldn't take the weights:\n{report.error}")
+            reports.append(report)
         return reports
 
     async def set_weight_version(self, version: int) -> None:
         await self._alive(compat.set_weight_version(self.client, version))
 
-    async def _on_workers(self, method: str, *args: Any) -> list[dict[str, Any]]:
+    async def _on_workers(self, method: str, *args: Any) -> list[Any]:
         return await self._alive(self.client.collective_rpc(method, args=args))
 
-    async def _alive(self, call: Coroutine) -> Any:
+    async def _alive(self, call: Coroutine[Any, Any, T]) -> T:
         """Await a call to the engine; `EngineDeadError` if it dies, which vLLM doesn't notice."""
         try:
             self.require_alive()
@@ -316,115 +314,11 @@ class Engine:
         finally:
             task.cancel()
 
-    def _tree(self) -> list[psutil.Process]:
-        tree = []
-        for process in self._processes:
-            with contextlib.suppress(psutil.Error):
-                tree += [process, *process.children(recursive=True)]
-        return tree
-
     def close(self, timeout: float) -> None:
-        """End the engine's processes, with SIGKILL past `timeout` seconds."""
-        tree = self._tree()
+        tree = self._processes.tree()
         self.give_up("the server is closed")
         with contextlib.suppress(Exception):
             self.client.shutdown(timeout=timeout)
-        _kill(tree)
-        if self._keeper is not None:
-            self._keeper.stop()
-
-
-def kill_trees(pids: list[int]) -> None:
-    """End processes and all that they started, at once."""
-    tree = []
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            tree += [process, *process.children(recursive=True)]
-    _kill(tree)
-
-
-def _merged(workers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What holds for all workers of an engine."""
-    splittable = set.intersection(*(set(w["splittable"]) for w in workers))
-    return workers[0] | {
-        "refused": next((w["refused"] for w in workers if w["refused"]), ""),
-        "obstacles": _united(workers, "obstacles"),
-        "repacked": _united(workers, "repacked"),
-        "splittable": sorted(splittable),
-    }
-
-
-def _united(reports: list[dict[str, Any]], name: str) -> list[str]:
-    return list(dict.fromkeys(line for report in reports for line in report[name]))
-
-
-def _vllm_config(arguments: Mapping[str, Any]) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    try:
-        return AsyncEngineArgs(**arguments).create_engine_config()
-    except TypeError as error:
-        raise ConfigError(
-            f"engine_args: vLLM's AsyncEngineArgs refuses a field: {error}"
-        ) from error
-    except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
-        text = str(error)
-        if "rchitecture" in text:
-            raise UnsupportedModelError(
-                f"vLLM has no such architecture: {_first_lines(text)}; serve a model whose class "
-                "vLLM implements, or register yours with vllm.ModelRegistry"
-            ) from error
-        raise ConfigError(f"vLLM refuses the engine's options: {_first_lines(text)}") from error
-
-
-def _start_error(error: Exception, log: str) -> Exception:
-    tail = _tail(log, LOG_LINES)
-    cause = _cause(tail) or _first_lines(str(error)) or type(error).__name__
-    kind = EngineStartError
-    if _OUT_OF_MEMORY.search(cause):
-        kind = OutOfMemoryError
-        cause += "; ask for a smaller KV cache (kv_cache_memory_bytes) or context (max_model_len)"
-    return kind(f"the engine didn't start: {cause}\nThe end of its log:\n{tail}")
-
-
-def _cause(log: str) -> str | None:
-    """The last line of a log that names an exception."""
-    named = re.findall(r"((?:\w+\.)*\w*(?:Error|Exception)\b: .+)", log)
-    return named[-1].strip() if named else None
-
-
-def _tail(path: str, lines: int) -> str:
-    try:
-        with open(path, "rb") as f:
-            f.seek(0, os.SEEK_END)
-            f.seek(max(0, f.tell() - 65536))
-            text = f.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(_ANSI.sub("", text).splitlines()[-lines:])
-
-
-def _first_lines(text: str, count: int = 4) -> str:
-    return " ".join(line.strip() for line in text.strip().splitlines()[:count])
-
-
-def _processes(client: Any) -> list[psutil.Process]:
-    manager = client.engine_core.resources.engine_manager
-    return [psutil.Process(p.pid) for p in manager.processes]
-
-
-def _runs(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    deadline = time.monotonic() + 5
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.wait(max(0.0, deadline - time.monotonic()))
+        kill(tree)
+        if self._spawner is not None:
+            self._spawner.stop()

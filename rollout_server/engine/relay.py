@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import Any
 
-from rollout_server.concurrency.race import Overtaken, unless
+from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.engine.engine import Engine
 from rollout_server.errors import EngineDeadError, RolloutServerError
 
@@ -40,7 +40,8 @@ class Relay:
         return self
 
     def close(self) -> None:
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -48,14 +49,14 @@ class Relay:
             told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _USER.size)
             if _USER.unpack(told)[1] != os.getuid():
                 return
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, Overtaken):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, Preempted):
                 request = await _read(reader)
-                answer = await unless(lambda: reader.read(1), self._answer(*request))
+                answer = await run_until(lambda: reader.read(1), self._answer(*request))
                 await _write(writer, answer)
         finally:
             writer.close()
 
-    async def _answer(self, *request: Any) -> tuple[list | None, RolloutServerError | None]:
+    async def _answer(self, *request: Any) -> tuple[list[Any] | None, RolloutServerError | None]:
         try:
             return await self._engine.generate(*request), None
         except RolloutServerError as error:
@@ -64,7 +65,7 @@ class Relay:
             return None, RolloutServerError(f"{type(error).__name__}: {error}")
 
 
-async def relayed(address: str, request: tuple) -> list[Any]:
+async def relayed(address: str, request: tuple[Any, ...]) -> list[Any]:
     """What the engine at the other end generates for `request`, `Engine.generate`'s arguments."""
     try:
         sock = socket.socket(socket.AF_UNIX)
@@ -73,13 +74,14 @@ async def relayed(address: str, request: tuple) -> list[Any]:
         reader, writer = await asyncio.open_unix_connection(sock=sock)
         try:
             await _write(writer, request)
-            outputs, error = await _read(reader)
+            answer: tuple[list[Any], RolloutServerError | None] = await _read(reader)
         finally:
             writer.close()
     except (asyncio.IncompleteReadError, OSError) as gone:
         raise EngineDeadError(
             "the rank that holds this group's engine has closed it or ended; look at its output"
         ) from gone
+    outputs, error = answer
     if error is not None:
         raise error
     return outputs

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing import popen_spawn_posix, resource_tracker, spawn
+from typing import Any
 
 # Set by accelerate and torchrun for the trainer's own process group.
 LAUNCHER_VARIABLES = (
@@ -63,15 +64,16 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
     """
     thread = threading.get_ident()
 
-    def hidden_launch(popen, process):
+    def hidden_launch(started: Any, process: Any) -> None:
         if threading.get_ident() != thread:
-            return launch(popen, process)
+            launch(started, process)
+            return
         resource_tracker.ensure_running()  # its start would unblock signals again
         with _main_hidden(), _blocked(_OF_GROUPS):
-            launch(popen, process)
-        pids.append(popen.pid)
+            launch(started, process)
+        pids.append(started.pid)
 
-    def logged_command_line(**kwargs):
+    def logged_command_line(**kwargs: Any) -> list[str]:
         line = command_line(**kwargs)
         if threading.get_ident() == thread and "-c" in line:
             at = line.index("-c") + 1
@@ -82,16 +84,17 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
             line[at] = prologue + line[at]
         return line
 
+    popen: Any = popen_spawn_posix.Popen  # typeshed doesn't know what is inside
     own = {**variables, _LEVEL: os.environ.get(_LEVEL, "INFO")}
     of_vllm = {name: value for name, value in variables.items() if name.startswith("VLLM_")}
     with _one_start, set_variables(of_vllm), quiet_front_end():
-        launch, command_line = popen_spawn_posix.Popen._launch, spawn.get_command_line
-        popen_spawn_posix.Popen._launch = hidden_launch
+        launch, command_line = popen._launch, spawn.get_command_line
+        popen._launch = hidden_launch
         spawn.get_command_line = logged_command_line
         try:
             yield
         finally:
-            popen_spawn_posix.Popen._launch = launch
+            popen._launch = launch
             spawn.get_command_line = command_line
 
 

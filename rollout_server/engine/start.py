@@ -11,6 +11,7 @@ from rollout_server.engine.engine import Engine
 from rollout_server.engine.folder import write_model_folder
 from rollout_server.engine.group import GroupEngine
 from rollout_server.engine.lora import adapter_arguments, use_adapter
+from rollout_server.engine.protocol import EngineProtocol
 from rollout_server.ranks import Ranks
 from rollout_server.weights.conversion import views_of
 from rollout_server.weights.manifest import write_specs, write_views
@@ -28,13 +29,30 @@ async def start_engine(
     sampling: dict[str, Any],
     devices: list[str | None],
     pids: list[int],
-) -> Engine:
-    """Start vLLM for a policy.
+    group: Ranks,
+) -> EngineProtocol:
+    """This rank's own engine, or its `group`'s, of which all ranks call this.
 
     source: the policy's tensors, of which names and shapes are looked at; folder: of the server;
     names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
     `device_name` of each worker's; pids: takes the ids of the engine's processes.
     """
+    if group.rank > 0:
+        return await _join(None, policy, config, group)
+    engine = await _start(policy, config, source, folder, names, sampling, devices, pids)
+    return engine if group.size == 1 else await _join(engine, policy, config, group)
+
+
+async def _start(
+    policy: Policy,
+    config: RolloutConfig,
+    source: Source,
+    folder: str,
+    names: list[str],
+    sampling: dict[str, Any],
+    devices: list[str | None],
+    pids: list[int],
+) -> Engine:
     from vllm.platforms import current_platform
 
     dtype = policy.dtype if config.dtype == "auto" else config.dtype
@@ -55,7 +73,7 @@ async def start_engine(
     return engine
 
 
-async def join_group(
+async def _join(
     engine: Engine | None, policy: Policy, config: RolloutConfig, group: Ranks
 ) -> GroupEngine:
     """All ranks of a group at once, the first with the engine that it has started."""

@@ -7,7 +7,7 @@ from typing import Any
 class PeakUsage:
     """The highest share (0 to 1) of the KV cache in use since it was last taken."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._peak = 0.0
 
     def see(self, usage: float) -> None:
@@ -23,14 +23,17 @@ def stat_logger(peak: PeakUsage) -> Callable[..., Any]:
     from vllm.v1.metrics.loggers import StatLoggerBase
 
     class UsageLogger(StatLoggerBase):
-        def __init__(self, vllm_config, engine_index=0):
+        def __init__(self, vllm_config: Any, engine_index: int = 0):
             pass
 
-        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:  # fmt: skip
             if scheduler_stats is not None:
                 peak.see(getattr(scheduler_stats, "kv_cache_usage", 0.0))
 
-        def log_engine_initialized(self):
+        def log_engine_initialized(self) -> None:
             pass
 
     return UsageLogger

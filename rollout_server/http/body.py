@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from rollout_server.concurrency.race import Overtaken, unless
+from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.http.tokens import BadRequest
 
 DEPTH = 64  # of objects and arrays in each other
@@ -54,8 +54,8 @@ async def unless_gone(receive, work: Coroutine) -> Any:
             pass
 
     try:
-        return await unless(leaving, work)
-    except Overtaken:
+        return await run_until(leaving, work)
+    except Preempted:
         raise Gone from None
 
 

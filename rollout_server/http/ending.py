@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 
-from rollout_server.concurrency.race import Overtaken, unless
+from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.http.errors import send_error
 
 _MESSAGE = "the session of this request has ended"
@@ -40,8 +40,8 @@ class Ending:
 
         async def until_ended():
             try:
-                return await unless(self._told.wait, receive())
-            except Overtaken:
+                return await run_until(self._told.wait, receive())
+            except Preempted:
                 return {"type": "http.disconnect"}
 
         async def out(message):

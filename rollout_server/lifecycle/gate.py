@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from rollout_server.concurrency.race import Overtaken, unless
+from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.errors import StateError
 from rollout_server.observability.metrics import Metrics
 
@@ -96,7 +96,7 @@ class Gate:
         """What `work` gives; None, and `work` is cancelled, if the weights change before."""
         renewed = self._renewed
         try:
-            result = await unless(renewed.wait, work)
-        except Overtaken:
+            result = await run_until(renewed.wait, work)
+        except Preempted:
             return None
         return None if renewed.is_set() else result

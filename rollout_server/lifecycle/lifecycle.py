@@ -17,10 +17,9 @@ of one that died takes its weights, as in 5, and its requests (see steps.py).
 import contextlib
 from collections.abc import AsyncIterator
 
-from rollout_server.engine.engine import Engine
 from rollout_server.errors import EngineDeadError, EngineTimeoutError, StateError
 from rollout_server.lifecycle.state import State
-from rollout_server.lifecycle.steps import Steps, to_its_end
+from rollout_server.lifecycle.steps import Steps, shielded
 from rollout_server.lifecycle.sync_transition import SyncTransition
 
 
@@ -43,38 +42,38 @@ class Lifecycle:
     @property
     def unfinished(self) -> bool:
         """Whether a sync was interrupted with weights half written: the next one writes all."""
-        return self.steps.unfinished is not None
+        return self.steps.unfinished
 
     async def lose(self, why: str, hung: bool = False) -> None:
         """The engine was seen to be dead, or `hung`, while it should be awake."""
         steps = self.steps
-        async with steps.turn:
+        async with steps.transition_lock:
             if steps.box.state is State.AWAKE and (hung or steps.engine.dead):
                 error = (EngineTimeoutError if hung else EngineDeadError)(why)
                 steps.lose_or_break("awake", error)
 
     async def give_up(self, why: str) -> None:
         """The engine that is down won't be restarted."""
-        async with self.steps.turn:
+        async with self.steps.transition_lock:
             if self.down:
                 self.steps.break_(why)
 
     async def sleep(self) -> None:
         """awake -> asleep; nothing to do if asleep already."""
-        await to_its_end(self._sleep)
+        await shielded(self._sleep)
 
     async def _sleep(self) -> None:
         steps = self.steps
-        async with steps.turn:
+        async with steps.transition_lock:
             steps.box.require_open()
             if steps.box.state is State.ASLEEP:
                 return
             with steps.journal.sleeping():
                 with steps.unless_down():
-                    if self.unfinished:
-                        await steps.leave_unfinished()
+                    if (left := steps.take_unfinished()) is not None:
+                        await steps.leave(left)
                     elif not self.down:
-                        await steps.rest()
+                        await steps.quiesce()
                         await steps.fall_asleep()
                 if self.down:  # its memory is free; it is started anew when it is to wake
                     steps.box.move(State.ASLEEP)
@@ -88,10 +87,10 @@ class Lifecycle:
         return SyncTransition(self.steps, restoring)
 
     @contextlib.asynccontextmanager
-    async def reading(self) -> AsyncIterator[Engine]:
+    async def reading(self) -> AsyncIterator[None]:
         """While the engine's weights are read, requests run and no transition does."""
         steps = self.steps
-        async with steps.turn:
+        async with steps.transition_lock:
             steps.box.require_open()
             if steps.box.state is not State.AWAKE:
                 raise StateError(
@@ -99,4 +98,4 @@ class Lifecycle:
                     "first"
                 )
             async with steps.deadline(steps.config.sync_timeout, "comparing weights"):
-                yield steps.engine
+                yield

@@ -9,10 +9,12 @@ asleep stays asleep: it is started anew when it is to wake.) Any state may end i
 restarts used up or weights half written, where only `close()` is left; and any ends in `closed`.
 """
 
+import contextlib
 import enum
 import threading
+from collections.abc import Iterator
 
-from rollout_server.errors import StateError
+from rollout_server.errors import RolloutServerError, StateError
 
 
 class State(enum.StrEnum):
@@ -43,7 +45,7 @@ _NEXT = {
 class StateBox:
     """Owns the state. Read from any thread; moved by one transition at a time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state = State.STARTING
         self._why = ""
@@ -82,3 +84,14 @@ class StateBox:
             raise StateError("the server is closed; attach() again for a new one")
         if self._state is State.BROKEN:
             raise StateError(f"the server is broken ({self._why}); close() it and attach() again")
+
+    @contextlib.contextmanager
+    def open_throughout(self) -> Iterator[None]:
+        """`StateError` if the server is closed or broken, or is closed meanwhile."""
+        self.require_open()
+        try:
+            yield
+        except RolloutServerError as error:
+            if self._state is State.CLOSED:
+                raise StateError("the server was closed meanwhile") from error
+            raise

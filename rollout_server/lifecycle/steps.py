@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from rollout_server.concurrency.patience import patient
 from rollout_server.config import RolloutConfig
-from rollout_server.engine.engine import Engine
-from rollout_server.engine.group import of_first
+from rollout_server.engine.protocol import EngineProtocol
 from rollout_server.errors import (
     DeadlineError,
     EngineDeadError,
@@ -29,6 +29,9 @@ from rollout_server.lifecycle.restarts import Restarts
 from rollout_server.lifecycle.state import State, StateBox
 from rollout_server.observability.events import Journal
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 
 @dataclass(frozen=True)
 class Unfinished:
@@ -40,19 +43,22 @@ class Unfinished:
 
 
 class Steps:
-    """Runs on the server's loop, in transitions, which hold `turn` meanwhile.
+    """Runs on the server's loop, in transitions, which hold `transition_lock` meanwhile.
 
     Attributes:
-        turn: one transition at a time.
-        version: of the policy.
+        transition_lock: one transition at a time.
         restarts: how many are left.
-        unfinished: of a sync, in the state "syncing"; None but there, and while a sync is at it.
     """
 
     def __init__(
-        self, config: RolloutConfig, engine: Engine, box: StateBox, gate: Gate, journal: Journal,
-        beside_start: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):  # fmt: skip
+        self,
+        config: RolloutConfig,
+        engine: EngineProtocol,
+        box: StateBox,
+        gate: Gate,
+        journal: Journal,
+        beside_start: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ):
         """beside_start: what the trainer's side does while an engine starts anew."""
         self.config = config
         self.engine = engine
@@ -60,17 +66,40 @@ class Steps:
         self.gate = gate
         self.journal = journal
         self._beside_start = beside_start
-        self.turn = asyncio.Lock()
+        self.transition_lock = asyncio.Lock()
         self.restarts = Restarts(config.restarts)
-        self.version = -1  # the first sync, at attach, makes it 0
-        self.unfinished: Unfinished | None = None
+        self._version = -1  # the first sync, at attach, makes it 0
+        self._unfinished: Unfinished | None = None
 
     @property
     def down(self) -> bool:
         """Whether the engine has died and the next transition to "awake" starts another."""
         return self.box.state is State.DOWN
 
-    async def rest(self) -> None:
+    @property
+    def version(self) -> int:
+        """The policy's; -1 until the first sync is done."""
+        return self._version
+
+    def set_version(self, version: int) -> None:
+        """Tokens are sampled with this version from now on."""
+        self._version = version
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a sync was interrupted, in the state "syncing", and none is at it again."""
+        return self._unfinished is not None
+
+    def leave_unfinished(self, left: Unfinished) -> None:
+        """A sync was interrupted: another one goes on, or the engine falls asleep."""
+        self._unfinished = left
+
+    def take_unfinished(self) -> Unfinished | None:
+        """What an interrupted sync has left, for who goes on with it."""
+        left, self._unfinished = self._unfinished, None
+        return left
+
+    async def quiesce(self) -> None:
         """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
         self.box.move(State.CLOSING_GATE)
         self.gate.close()
@@ -87,10 +116,9 @@ class Steps:
                 await self.engine.sleep()
             self.box.move(State.ASLEEP)
 
-    async def leave_unfinished(self) -> None:
+    async def leave(self, left: Unfinished) -> None:
         """Fall asleep from a sync that was interrupted."""
-        fresh, self.unfinished = self.unfinished.fresh, None
-        if not fresh:
+        if not left.fresh:
             await self.fall_asleep()
             return
         self.engine.kill()  # it has no requests yet, and can't be given them asleep
@@ -121,7 +149,7 @@ class Steps:
                 if self.config.in_flight == "drain":
                     await self.engine.drain()
                 else:
-                    await of_first(self.engine, doing, self._finish)
+                    await self.engine.run_on_leader(doing, self._finish)
         except (TimeoutError, RankError) as error:
             self.box.move(State.AWAKE)
             self.gate.open()
@@ -191,6 +219,6 @@ class Steps:
             ) from None
 
 
-async def to_its_end(work: Callable[..., Coroutine], *args: Any) -> Any:
+async def shielded(work: Callable[[*Ts], Coroutine[Any, Any, T]], *args: *Ts) -> T:
     """The caller's cancellation (its deadline, Ctrl-C) doesn't stop `work` half-way."""
     return await asyncio.shield(asyncio.ensure_future(work(*args)))

@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from rollout_server.concurrency.interrupts import interrupts
-from rollout_server.engine.engine import Engine
 from rollout_server.errors import (
     EngineDeadError,
     EngineTimeoutError,
@@ -16,11 +15,11 @@ from rollout_server.errors import (
     first_line,
 )
 from rollout_server.lifecycle.state import State
-from rollout_server.lifecycle.steps import Steps, Unfinished, to_its_end
+from rollout_server.lifecycle.steps import Steps, Unfinished, shielded
 
 
 class SyncTransition:
-    """One sync, step by step: `begin`, then `write` for each part, then `commit` or `abort`.
+    """One sync, step by step: `begin`, then `writing` for each part, then `commit` or `abort`.
 
     Made by `Lifecycle.sync`, in any thread. From `begin` on it must be ended by `commit` or
     `abort`, whatever comes of `begin` and whether its caller waits for it: it holds the turn.
@@ -42,7 +41,7 @@ class SyncTransition:
         self.fresh = False
         self.begun = False
         self.ended = False
-        self._beginning: asyncio.Future | None = None
+        self._beginning: asyncio.Future[None] | None = None
         self._written = False
         self._running = asyncio.Lock()
         self.seconds_awaking = 0.0
@@ -55,19 +54,18 @@ class SyncTransition:
 
     async def _begin(self) -> None:
         steps = self._steps
-        await steps.turn.acquire()
+        await steps.transition_lock.acquire()
         try:
             steps.box.require_open()
             if self._restoring and not (steps.down or steps.unfinished):
                 raise StateError("the engine has its weights already")
-            if steps.unfinished is not None:
-                self.was_asleep, self.fresh = steps.unfinished.asleep, steps.unfinished.fresh
-                self._written, steps.unfinished = True, None
+            if (left := steps.take_unfinished()) is not None:
+                self.was_asleep, self.fresh, self._written = left.asleep, left.fresh, True
                 return
             self.was_asleep = steps.box.state is State.ASLEEP
             if steps.box.state is State.AWAKE:
                 with steps.unless_down():
-                    await steps.rest()
+                    await steps.quiesce()
             if self.was_asleep or steps.down:
                 steps.box.move(State.WAKING)
             with steps.breaking("waking the weights"):
@@ -94,21 +92,21 @@ class SyncTransition:
         await steps.revive()
         self.seconds_awaking += time.perf_counter() - started
 
-    async def write(self, work: Callable[[Engine], Coroutine]) -> Any:
-        """Write a part of the weights with `work`, given the engine."""
-        return await to_its_end(self._write, work)
-
-    async def _write(self, work: Callable[[Engine], Coroutine]) -> Any:
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Around a call that writes a part of the weights; one at a time, with a deadline. It isn't
+        stopped half-way: see `shielded`."""
         async with self._running:
             self._written = True
             async with self._steps.deadline(self._config.sync_timeout, "writing weights"):
-                return await work(self._engine)
+                yield
 
-    async def read(self, work: Callable[[Engine], Coroutine]) -> Any:
-        """Compare a part of the weights with `work`, given the engine."""
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around a call that compares a part of the weights."""
         limit = self._config.sync_timeout
         async with self._running, self._steps.deadline(limit, "comparing weights"):
-            return await work(self._engine)
+            yield
 
     async def commit(self, same: bool = False, others: int = -1) -> int:
         """All is written: raise the version, unless the weights are the `same`, and let requests
@@ -116,7 +114,7 @@ class SyncTransition:
 
         others: the newest version of other ranks' engines, that all have the same from now on.
         """
-        return await to_its_end(self._commit, same, others)
+        return await shielded(self._commit, same, others)
 
     async def _commit(self, same: bool, others: int) -> int:
         async with self._running:
@@ -131,7 +129,7 @@ class SyncTransition:
                 async with steps.deadline(wake, "telling the engine its version"):
                     # Before scheduling resumes, so that each token is counted to its version.
                     await self._engine.set_weight_version(version)
-                steps.version = version
+                steps.set_version(version)
                 if not same:
                     steps.gate.renew()
                 await self._resume()
@@ -139,7 +137,7 @@ class SyncTransition:
             steps.gate.open()
             return version
         except BaseException:
-            steps.version = before
+            steps.set_version(before)
             raise
         finally:
             self._end()
@@ -147,7 +145,7 @@ class SyncTransition:
     async def abort(self, error: BaseException) -> None:
         """Go back to where the engine was. If weights were written: leave the sync unfinished if it
         was interrupted, else the server down or broken."""
-        await to_its_end(self._abort, error)
+        await shielded(self._abort, error)
 
     async def _abort(self, error: BaseException) -> None:
         steps = self._steps
@@ -166,7 +164,7 @@ class SyncTransition:
             syncing = steps.box.state is State.SYNCING
             if unknown or steps.version < 0 or not syncing:
                 if syncing and interrupts(error) and steps.version >= 0 and not self._engine.dead:
-                    steps.unfinished = Unfinished(self.was_asleep, self.fresh)
+                    steps.leave_unfinished(Unfinished(self.was_asleep, self.fresh))
                 elif syncing:
                     steps.lose_or_break("syncing weights", error)
                 elif not steps.down:  # then the step that failed has said so
@@ -189,14 +187,14 @@ class SyncTransition:
 
     def _end(self) -> None:
         self.ended = True
-        self._steps.turn.release()
+        self._steps.transition_lock.release()
 
     async def _anything_written(self) -> bool:
         """By any rank of this engine; so it is taken to be where one doesn't say."""
         try:
             what = "whether anything was written"
             async with self._steps.deadline(self._config.sleep_timeout, what):
-                return await self._engine.anywhere(self._written)
+                return await self._engine.any_rank(self._written)
         except RolloutServerError:
             return True
 
@@ -210,7 +208,7 @@ class SyncTransition:
             async with self._steps.deadline(self._config.wake_timeout, "resuming"):
                 await resume()
 
-    async def _wake(self, work: Callable[[], Coroutine], what: str) -> None:
+    async def _wake(self, work: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
         started = time.perf_counter()
         async with self._steps.deadline(self._config.wake_timeout, what):
             await work()

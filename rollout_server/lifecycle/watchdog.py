@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rollout_server.concurrency.loop import in_thread
 from rollout_server.concurrency.patience import patient
 from rollout_server.config import RolloutConfig
-from rollout_server.engine.engine import Engine
+from rollout_server.engine.protocol import EngineProtocol
 from rollout_server.errors import EngineDeadError, first_line
 from rollout_server.lifecycle.lifecycle import Lifecycle
 from rollout_server.lifecycle.state import State, StateBox
@@ -18,7 +18,7 @@ _PERIOD = 0.5  # seconds
 
 
 async def watch(
-    config: RolloutConfig, engine: Engine, lifecycle: Lifecycle, box: StateBox,
+    config: RolloutConfig, engine: EngineProtocol, lifecycle: Lifecycle, box: StateBox,
     restore: Callable[[], None],
 ) -> None:  # fmt: skip
     """Until the server is closed: notice that the engine has died or hangs, and have it replaced;
@@ -38,7 +38,7 @@ async def watch(
                 await lifecycle.give_up(f"the engine died, and: {first_line(error)}")
 
 
-async def _look(config: RolloutConfig, engine: Engine, lifecycle: Lifecycle) -> None:
+async def _look(config: RolloutConfig, engine: EngineProtocol, lifecycle: Lifecycle) -> None:
     try:
         async with patient(config.liveness_timeout):
             await engine.ping()

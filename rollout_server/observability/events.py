@@ -10,6 +10,7 @@ from typing import Any
 from rollout_server.errors import first_line
 from rollout_server.observability import logs
 from rollout_server.observability.metrics import Metrics
+from rollout_server.weights.report import SyncReport
 
 _EVENTS, _FAILURES = 50, 20
 
@@ -21,9 +22,9 @@ class Journal:
     failures: the last of the lifecycle, and the last requests answered with 500 or above, as dicts.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.metrics = Metrics()
-        self.last_sync: Any = None
+        self.last_sync: SyncReport | None = None
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         # Apart: a flood of refused requests mustn't wash away what led to it.
         self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
@@ -38,15 +39,13 @@ class Journal:
 
     # -- weights, sleep, wake ------------------------------------------------------------------
 
-    def sync(self, push: Callable[[], Any]) -> Any:
-        """What `push` returns, a `SyncReport`, or raises."""
-        started = time.perf_counter()
-        try:
-            report = push()
-        except BaseException as error:
-            self.metrics.count("sync_failures")
-            self._failed("sync", error, started)
-            raise
+    def sync_failed(self, error: BaseException, seconds: float) -> None:
+        """A sync that was asked for has ended with `error`, after so long."""
+        self.metrics.count("sync_failures")
+        self._failed("sync", error, seconds)
+
+    def synced(self, report: SyncReport) -> None:
+        """A sync that was asked for went well."""
         self.last_sync = report
         self.metrics.observe("sync_seconds", report.seconds)
         self.metrics.count("sync_bytes", report.bytes, path=report.path)
@@ -57,7 +56,6 @@ class Journal:
             "sync", policy_version=report.version, path=report.path, bytes=report.bytes,
             seconds=report.seconds, verified=report.verified,
         )  # fmt: skip
-        return report
 
     @contextlib.contextmanager
     def sleeping(self) -> Iterator[None]:
@@ -66,7 +64,7 @@ class Journal:
         try:
             yield
         except BaseException as error:
-            self._failed("sleep", error, started)
+            self._failed("sleep", error, time.perf_counter() - started)
             raise
         seconds = time.perf_counter() - started
         self.metrics.observe("sleep_seconds", seconds)
@@ -111,6 +109,12 @@ class Journal:
     def call_recorded(self) -> None:
         self.metrics.count("session_calls")
 
+    def logprob_difference(self, nats: float, grammar: bool) -> None:
+        """The trainer's log-probabilities from the engine's, per token; of tokens sampled under a
+        `grammar` or freely."""
+        sampled = "grammar" if grammar else "free"
+        self.metrics.set("logprob_mean_absolute_difference_nats", nats, sampled=sampled)
+
     # -- requests ------------------------------------------------------------------------------
 
     def request(self, route: str, status: int, fields: Callable[[], dict[str, Any]]) -> None:
@@ -124,7 +128,6 @@ class Journal:
             self.failures.append({"time": time.time()} | told)
         logs.tell(logs.REQUESTS, level, "request", **told)
 
-    def _failed(self, what: str, error: BaseException, started: float) -> None:
-        seconds = time.perf_counter() - started
+    def _failed(self, what: str, error: BaseException, seconds: float) -> None:
         told = f"{type(error).__name__}: {first_line(error)}"
         self.happened(f"{what}_failed", logging.WARNING, error=told, seconds=seconds)

@@ -54,7 +54,7 @@ class LoopWatch:
 def holder(frame: FrameType | None) -> str:
     """Whose code a thread is at, given its innermost frame."""
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
+        module: str = frame.f_globals.get("__name__", "")
         if module == "rollout_server.concurrency.loop":  # below it is nothing but the loop itself
             break
         package = module.partition(".")[0]

@@ -73,7 +73,7 @@ class Family(NamedTuple):
 class Metrics:
     """Counted in any thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, dict[Labels, float]] = {
             name: {} if labels else {(): 0.0} for name, (_, labels) in COUNTERS.items()

@@ -4,14 +4,16 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from rollout_server.observability import machine
 from rollout_server.observability.events import Journal
 from rollout_server.observability.redact import scrubbed
+from rollout_server.ranks import Ranks
 from rollout_server.weights.policy import Policy
 
 
-class Report(dict):
+class Report(dict[str, Any]):
     """By section: a dict of what JSON can hold; as text, to be read and pasted."""
 
     def __str__(self) -> str:
@@ -22,6 +24,53 @@ class Report(dict):
         return "\n".join(lines) + "\n"
 
     __repr__ = __str__
+
+
+class Reported(Protocol):
+    """What a server tells of itself."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def policy_version(self) -> int: ...
+
+    @property
+    def base_urls(self) -> list[str]: ...
+
+    @property
+    def engine_pid(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def memory(self) -> dict[str, int]: ...
+
+
+def server_report(
+    server: Reported, why: str, ranks: Ranks, config: Mapping[str, Any], policy: Policy,
+    log: Callable[[], str], journal: Journal,
+) -> Report:  # fmt: skip
+    """Of one server; why: it is broken; log: gives the end of its engine's."""
+    rank = f"{ranks.rank} of {ranks.size}"
+    return report(
+        {
+            "versions": machine.versions,
+            "machine": machine.hardware,
+            "server": lambda: {"time": now(), "state": server.state, "why": why, "rank": rank},
+            "engine": lambda: {
+                "policy_version": server.policy_version,
+                "base_urls": server.base_urls,
+                "pid": server.engine_pid,
+                "max_model_len": server.max_model_len,
+            },
+            "config": lambda: config,
+            "model": lambda: of_model(policy),
+            "memory": server.memory,
+            "engine log": lambda: log().splitlines(),
+        }
+        | of_journal(journal)
+    )
 
 
 def report(sections: Mapping[str, Callable[[], Any]]) -> Report:

@@ -5,16 +5,14 @@ In the thread that syncs; while the engine copies one part, the next is gathered
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any
-
-import torch
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol, TypeVar
 
 from rollout_server.concurrency.loop import LoopThread
 from rollout_server.config import RolloutConfig
-from rollout_server.engine.engine import Engine
-from rollout_server.engine.group import GroupEngine
+from rollout_server.engine.protocol import EngineProtocol
 from rollout_server.errors import (
     ConfigError,
     RolloutServerError,
@@ -22,12 +20,22 @@ from rollout_server.errors import (
     WeightSyncError,
     first_line,
 )
+from rollout_server.lifecycle.steps import shielded
 from rollout_server.lifecycle.sync_transition import SyncTransition
 from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.sources.base import Adapter, Source
-from rollout_server.weights.staging import Staging, Wanted
+from rollout_server.weights.staging import EngineTensorInfo, Staging
 from rollout_server.weights.transport import Exporter
-from rollout_server.weights.wire import Part
+from rollout_server.weights.wire import Compared, EngineDescription, Parts, Written, united
+
+T = TypeVar("T")
+
+
+class Readable(Protocol):
+    """Where the engine's weights can be read: a sync, or the lifecycle between two of them."""
+
+    def reading(self) -> AbstractAsyncContextManager[None]:
+        """Around a call that reads them, which nothing writes meanwhile."""
 
 
 class Sender:
@@ -43,7 +51,7 @@ class Sender:
         self,
         config: RolloutConfig,
         loop: LoopThread,
-        engine: Engine | GroupEngine,
+        engine: EngineProtocol,
         shared: SharedWeights | None,
     ):
         """shared: the memory that engine and policy have in common, with colocate="share"."""
@@ -52,35 +60,28 @@ class Sender:
         self._engine = engine
         self._shared = shared
         self._exporter = Exporter()
-        self._staging = Staging(config.sync_bucket_bytes, _wanted(engine.description))
-        self._frozen: tuple | None = None  # what frozen tensors the engine was given
+        self._staging = Staging(
+            config.sync_bucket_bytes,
+            EngineTensorInfo(engine.description.dtypes, engine.description.splittable),
+        )
+        self._frozen: tuple[Any, ...] | None = None  # what frozen tensors the engine was given
         self._adapter_given = False
         if shared is not None:
             self.path, self.reason = "share", ""
         else:
             self.path, self.reason = _path(config, engine.description)
 
-    def renew(self, here: bool) -> None:
+    def reset(self, here: bool) -> None:
         """An engine is a new one, `here` or another rank's: all ranks send all parts."""
         self._frozen = None
         if here:
             self._exporter = Exporter()
 
-    def call(self, work: Any) -> Any:
-        """What a coroutine on the server's loop gives; `DeadlineError`."""
-        return self._result(self.submit(work))
-
-    def submit(self, work: Any) -> Future:
-        """Have a coroutine run on the server's loop, and go on."""
-        return self._loop.submit(work, "sync_weights()")
-
-    def _result(self, future: Future) -> Any:
-        return self._loop.result(future, self._config.transition_time, "sync_weights()")
-
-    def put(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        """(bytes, tensors) that were copied."""
+    def send(self, source: Source, sync: SyncTransition) -> Written:
+        """Write the policy's tensors into the engine, which `sync` has brought to rest; what was
+        copied."""
         if self._shared is not None:
-            done = _sum(self._shared.refresh(source.tensors), self._write_rest(source, sync))
+            done = _sum(Written(*self._shared.refresh(source.tensors)), self._rest(source, sync))
             self._shared.finish()
         else:
             done = self._write(self._due_parts(source, sync), source, sync)
@@ -89,81 +90,104 @@ class Sender:
         self._frozen = source.frozen_state
         return done
 
-    def _write_rest(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
+    def _rest(self, source: Source, sync: SyncTransition) -> Written:
+        """Of a policy whose memory is the engine's: what isn't."""
+        assert self._shared is not None
         rest = self._shared.rest(source)
         return self._write(rest.parts(self._staging), rest, sync)
 
-    def _due_parts(self, source: Source, sync: SyncTransition) -> Iterator[Part]:
+    def _due_parts(self, source: Source, sync: SyncTransition) -> Parts:
         """All parts, but for frozen ones that the engine still has."""
         if sync.was_asleep or self._frozen is None or self._frozen != source.frozen_state:
             return source.parts(self._staging)
         return source.trained_parts(self._staging)
 
-    def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> tuple[int, int]:
+    def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> Written:
         """The adapter's tensors; vLLM's buffers are made anew at first and after each sleep."""
         fresh = sync.was_asleep or sync.fresh or not self._adapter_given
         message = self._exporter.export(adapter.part())
-        scaling = dict(adapter.scaling)
-        work = sync.write(lambda engine: engine.write_adapter(message, scaling, fresh))
-        report = self.call(work)
-        self._adapter_given = True
-        return report["bytes"], report["tensors"]
 
-    def _write(
-        self, parts: Iterator[Part], source: Source, sync: SyncTransition
-    ) -> tuple[int, int]:
-        running: deque[Future] = deque()
-        size = tensors = 0
+        async def write() -> Written:
+            async with sync.writing():
+                return await self._engine.write_adapter(message, adapter.scaling, fresh)
+
+        report = self._result(self._submit(shielded(write)))
+        self._adapter_given = True
+        return report
+
+    def _write(self, parts: Parts, source: Source, sync: SyncTransition) -> Written:
+        running: deque[Future[Written]] = deque()
+        done = Written(0, 0)
 
         def finish(but: int) -> None:
-            nonlocal size, tensors
+            nonlocal done
             while len(running) > but:
-                report = self._result(running.popleft())
-                size, tensors = size + report["bytes"], tensors + report["tensors"]
+                done = _sum(done, self._result(running.popleft()))
 
         try:
             with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
                 for part in walk:
-                    work = self._writing(self._exporter.export(part), part.number == 0, part.last)
-                    running.append(self.submit(sync.write(work)))
+                    message = self._exporter.export(part)
+                    first = part.number == 0
+                    work = shielded(self._write_part, message, first, part.last, sync)
+                    running.append(self._submit(work))
                     finish(but=1)  # the memory of the part before this one is written next
                 finish(but=0)
         finally:  # what was begun ends, so that ranks with one engine stay in step
             while running:
                 with contextlib.suppress(Exception):
                     self._result(running.popleft())
-        return size, tensors
+        return done
 
-    def tidy(self, source: Source) -> None:
-        """Give the buckets back, here and in the engine."""
-        first = 0 if self._shared is not None else source.staged_from
-        if first is not None and self._exporter.forget(first):
-            self._staging.release()
-            with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
-                self.call(self._engine.forget_weights(first))
+    async def _write_part(
+        self, message: bytes, first: bool, last: bool, sync: SyncTransition
+    ) -> Written:
+        async with sync.writing():
+            if self.path in ("plan", "share"):
+                return await self._engine.write_weights(message)
+            layerwise = self.path == "layerwise"
+            return await self._engine.reload_weights(message, first, last, layerwise)
 
-    def _writing(self, message: bytes, first: bool, last: bool) -> Callable[[Engine], Any]:
-        if self.path in ("plan", "share"):
-            return lambda engine: engine.write_weights(message)
-        layerwise = self.path == "layerwise"
-        return lambda engine: engine.reload_weights(message, first, last, layerwise)
-
-    def compare(self, source: Source, read: Callable) -> None:
-        """`WeightSyncError` names what differs, of what the engine holds as it was sent. read:
-        gives work with the engine its turn."""
+    def compare(self, source: Source, at: Readable) -> None:
+        """`WeightSyncError` names what differs, of what the engine holds as it was sent. at: the
+        sync, or between two syncs the lifecycle."""
         differ: list[str] = []
         parts = source.parts(self._staging)
         with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
             for part in walk:
                 message = self._exporter.export(part)
-                differ += self.call(read(lambda engine, m=message: engine.compare_weights(m)))
+                found = self._result(self._submit(self._compare_part(message, at)))
+                differ += found.mismatched
         if source.adapter is not None:
             message = self._exporter.export(source.adapter.part())
-            differ += self.call(read(lambda engine: engine.compare_adapter(message)))
+            differ += self._result(self._submit(self._compare_adapter(message, at))).mismatched
         if differ:
             raise WeightSyncError(
-                f"the engine's weights differ from the trainer's in {list(dict.fromkeys(differ))}"
+                f"the engine's weights differ from the trainer's in {united([differ])}"
             )
+
+    async def _compare_part(self, message: bytes, at: Readable) -> Compared:
+        async with at.reading():
+            return await self._engine.compare_weights(message)
+
+    async def _compare_adapter(self, message: bytes, at: Readable) -> Compared:
+        async with at.reading():
+            return await self._engine.compare_adapter(message)
+
+    def release(self, source: Source) -> None:
+        """Give the buckets back, here and in the engine."""
+        first = 0 if self._shared is not None else source.staged_from
+        if first is not None and self._exporter.forget(first):
+            self._staging.release()
+            with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
+                self._result(self._submit(self._engine.forget_weights(first)))
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Have a coroutine run on the server's loop, and go on."""
+        return self._loop.submit(work, "sync_weights()")
+
+    def _result(self, future: Future[T]) -> T:
+        return self._loop.result(future, self._config.transition_time, "sync_weights()")
 
     @property
     def comparable(self) -> bool:
@@ -171,20 +195,20 @@ class Sender:
         return self.path in ("plan", "share")
 
 
-def _path(config: RolloutConfig, description: Mapping[str, Any]) -> tuple[str, str]:
+def _path(config: RolloutConfig, description: EngineDescription) -> tuple[str, str]:
     """(path, reason) by the options and what the engine says of itself."""
-    obstacles = description["obstacles"]
-    if description["device"] == "cpu" and description["repacked"]:
+    unsupported_reasons = description.unsupported_reasons
+    if description.device == "cpu" and description.repacked:
         raise UnsupportedModelError(
-            f"{_some(description['repacked'])}; a reload on vLLM's CPU engine doesn't renew what "
+            f"{_some(description.repacked)}; a reload on vLLM's CPU engine doesn't renew what "
             "it has packed: serve a dense model that isn't quantised and leave worker_cls out of "
             "engine_args, or use a GPU"
         )
     if config.sync_path not in ("auto", "plan"):
         return config.sync_path, f"sync_path={config.sync_path!r}"
-    if not obstacles:
+    if not unsupported_reasons:
         return "plan", ""
-    shown = _some(obstacles)
+    shown = _some(unsupported_reasons)
     if config.sync_path == "plan":
         raise ConfigError(
             f"sync_path='plan', but weights can't be copied to where they are used: {shown}; "
@@ -198,7 +222,7 @@ def _some(lines: list[str]) -> str:
     return "; ".join(lines[:3]) + more
 
 
-def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
+def _to_the_end(parts: Parts, collective: bool) -> Parts:
     """The parts; if they are left early, on to their end where other ranks gather them too."""
     try:
         for part in parts:  # noqa: UP028, since `yield from` would close them first
@@ -217,12 +241,5 @@ def _to_the_end(parts: Iterator[Part], collective: bool) -> Iterator[Part]:
         parts.close()
 
 
-def _sum(*counts: tuple[int, int]) -> tuple[int, int]:
-    return tuple(map(sum, zip(*counts, strict=True)))
-
-
-def _wanted(description: Mapping[str, Any]) -> Wanted:
-    return Wanted(
-        {name: getattr(torch, dtype) for name, dtype in description["dtypes"].items()},
-        set(description["splittable"]),
-    )
+def _sum(one: Written, other: Written) -> Written:
+    return Written(one.bytes + other.bytes, one.tensors + other.tensors)

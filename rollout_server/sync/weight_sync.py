@@ -1,12 +1,13 @@
 """`sync_weights` from the trainer's side: what is sent, in which order, and what came of it.
 
 Runs in the thread that called, since gathering a sharded policy is the trainer's own work. The
-engine's side of each step is a coroutine on the server's loop (`transition.SyncTransition`).
+engine's side of each step is a coroutine on the server's loop (`SyncTransition`).
 
-With several ranks, each counts when all have done it, and fails on all if on one.
+With several ranks, each step counts when all have done it, and fails on all if on one. They are
+read from top to bottom in `WeightSync._sync`:
 
 1. look: the policy has the tensors that the engine knows, and, on a verified sync, no NaN;
-2. begin: the engine is brought to rest and its weights' memory is there;
+2. rest: the engine is brought to rest and its weights' memory is there;
 3. write: part by part (sender.py);
 4. verify, on the first sync and every N-th: the parts once more, compared;
 5. commit: the version rises and requests flow. Or abort: what was is restored if nothing has been
@@ -21,12 +22,14 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from rollout_server.concurrency.interrupts import GRACE, held, interrupts, waiting
+from rollout_server.concurrency.loop import LoopThread
 from rollout_server.config import LONGEST_BACKOFF, RolloutConfig
+from rollout_server.engine.protocol import EngineProtocol
 from rollout_server.errors import (
     ConfigError,
     DeadlineError,
@@ -39,42 +42,20 @@ from rollout_server.errors import (
 )
 from rollout_server.lifecycle.lifecycle import Lifecycle
 from rollout_server.lifecycle.sync_transition import SyncTransition
+from rollout_server.observability.events import Journal
 from rollout_server.ranks import Ranks
 from rollout_server.sync.sender import Sender
 from rollout_server.weights.policy import Policy
+from rollout_server.weights.report import SyncReport
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.sources.base import Source, require_same
-from rollout_server.weights.wire import TensorSpec
+from rollout_server.weights.wire import TensorSpec, Written
 
+T = TypeVar("T")
+
+_CALL = "sync_weights()"  # as errors call it
 _TRIES = 5
 _DEATHS = (EngineDeadError.__name__, EngineTimeoutError.__name__)
-
-
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync did.
-
-    Attributes:
-        version: policy version from now on.
-        bytes: how much was copied into the engine, as it is in the trainer.
-        seconds: from the call until requests flowed again.
-        wake_seconds: of these, those that waking took; 0 if the engine was awake.
-        path: how the weights went. "plan": copied to where they are used; "share": they are there
-            already; "adapter": a LoRA adapter alone, the base being there; "layerwise": vLLM's
-            layerwise reload; "load_weights": vLLM's loader.
-        reason: why one of the last two.
-        tensors: number of tensors, or of pieces of them.
-        verified: whether what the engine holds was compared with the policy.
-    """
-
-    version: int
-    bytes: int
-    seconds: float
-    wake_seconds: float
-    path: str
-    reason: str
-    tensors: int
-    verified: bool
 
 
 class WeightSync:
@@ -84,8 +65,10 @@ class WeightSync:
         self,
         policy: Policy,
         config: RolloutConfig,
-        sender: Sender,
+        loop: LoopThread,
+        engine: EngineProtocol,
         lifecycle: Lifecycle,
+        journal: Journal,
         specs: Mapping[str, TensorSpec],
         shared: SharedWeights | None,
         ranks: Ranks,
@@ -95,12 +78,14 @@ class WeightSync:
         common with the policy, with colocate="share"; group: of the ranks, those of this engine."""
         self._policy = policy
         self._config = config
-        self.sender = sender
+        self._loop = loop
         self._lifecycle = lifecycle
+        self._journal = journal
         self._specs = specs
         self._shared = shared
         self._ranks = ranks
         self._group = group
+        self.sender = Sender(config, loop, engine, shared)
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
         self._stamp: Any = None  # of the policy, when its weights were last sent
@@ -113,19 +98,28 @@ class WeightSync:
         them write once more.
         """
         started = time.perf_counter()
+        try:
+            with held(GRACE), self._turn():
+                report = self._push(started)
+        except BaseException as error:
+            self._journal.sync_failed(error, time.perf_counter() - started)
+            raise
+        self._journal.synced(report)
+        return report
+
+    def _push(self, started: float) -> SyncReport:
         patience = self._config.sync_timeout
-        with held(GRACE), self._turn():
-            while True:
-                try:
-                    return self._push(started, self._due(), patience)
-                except BaseException as error:
-                    if not self._begins_again(error):
-                        raise
-                    patience += self._config.start_timeout + LONGEST_BACKOFF
+        while True:
+            try:
+                return self._sync(started, self._together, patience, self._due())
+            except BaseException as error:
+                if not self._begins_again(error):
+                    raise
+                patience += self._config.start_timeout + LONGEST_BACKOFF
 
     def restore(self) -> None:
         """The engine is down, or a sync was interrupted: start another engine, or write once more;
-        with the policy's weights as they are now.
+        with the policy's weights as they are now, and without the other ranks.
 
         If these have changed since the last sync, that is a new version. Nothing happens where
         there is nothing to do any more, or the policy can't be read now: the next `push` does it
@@ -135,38 +129,53 @@ class WeightSync:
             while (self._lifecycle.down or self._lifecycle.unfinished) and self.readable:
                 deaths = EngineDeadError, EngineTimeoutError, StateError
                 with contextlib.suppress(*deaths), self._ranks.busy():
-                    self._push(time.perf_counter(), verify=False)
+                    self._sync(
+                        time.perf_counter(), _alone, self._config.sync_timeout, verify=False,
+                        restoring=True,
+                    )  # fmt: skip
 
-    def _push(self, started: float, verify: bool, patience: float | None = None) -> SyncReport:
-        """patience: for how long other ranks' engines are waited for; None: this one is alone with
-        an engine to restore."""
-        restoring = patience is None
-        together = _alone if restoring else self._together
-        with together("sync_weights()"):
+    def _sync(
+        self,
+        started: float,
+        together: Callable[[str, float], AbstractContextManager[None]],
+        patience: float,
+        verify: bool,
+        restoring: bool = False,
+    ) -> SyncReport:
+        """together: each step with all ranks, or `_alone`; patience: seconds in which they must
+        have brought their engines to rest; restoring: the trainer hasn't asked for it, and may be
+        at work."""
+        limit = self._config.sync_timeout
+        # 1. Look.
+        with together("sync_weights()", limit):
             source = self._look(verify)
         sync, self._waiting = self._waiting or self._lifecycle.sync(restoring), None
         try:
+            # 2. Rest.
             with together("sync_weights(): bringing the engine to rest", patience):
                 if not sync.begun:
                     with self._ranks.busy():  # it may have to start another
-                        self.sender.call(sync.begin())
-            told = [[sync.fresh, self._lifecycle.version]]
+                        self._call(sync.begin())
+            engines = [(sync.fresh, self._lifecycle.version)]
             if not restoring:
-                told = self._gather("sync_weights(): engines", told[0])
-            if any(fresh for fresh, _ in told):  # also on others: all are at the same part
-                self.sender.renew(here=sync.fresh)
+                engines = self._gather("sync_weights(): engines", engines[0], tuple[bool, int])
+            if any(fresh for fresh, _ in engines):  # also on others: all are at the same part
+                self.sender.reset(here=sync.fresh)
                 # Beside a "resident" engine the trainer may be at a step.
                 verify = not (restoring and self._config.colocate == "resident")
+            # 3. Write.
             same = restoring and self._policy.stamp() == self._stamp
-            with together("sync_weights(): writing"):
-                size, tensors = (
-                    self._put_whole(source, sync) if restoring else self.sender.put(source, sync)
-                )
+            with together("sync_weights(): writing", limit):
+                send = self._send_steadily if restoring else self.sender.send
+                written = send(source, sync)
+            # 4. Verify.
             if verify:
-                with together("sync_weights(): comparing"):
-                    self.sender.compare(source, sync.read)
-            with together("sync_weights(): resuming"):
-                version = self.sender.call(sync.commit(same, max(version for _, version in told)))
+                with together("sync_weights(): comparing", limit):
+                    self.sender.compare(source, sync)
+            # 5. Commit.
+            with together("sync_weights(): resuming", limit):
+                newest = max(version for _, version in engines)
+                version = self._call(sync.commit(same, newest))
             self._stamp = self._policy.stamp()
         except BaseException as error:
             if self._config.restarts and _died_elsewhere(error) and not sync.ended:
@@ -175,26 +184,26 @@ class WeightSync:
                 self._abort(sync, error)
             raise
         finally:
-            self.sender.tidy(source)
+            self.sender.release(source)
         self._syncs += 1
         return SyncReport(
             version=version,
-            bytes=size,
+            bytes=written.bytes,
             seconds=time.perf_counter() - started,
             wake_seconds=sync.seconds_awaking,
-            path=self._path_of(source, size),
+            path=self._path_of(source, written.bytes),
             reason=self.sender.reason,
-            tensors=tensors,
+            tensors=written.tensors,
             verified=verify and self.sender.comparable,
         )
 
     def _abort(self, sync: SyncTransition, error: BaseException) -> None:
         """Whether or not it was begun; after an interrupt it goes on by itself if it takes long."""
         if not interrupts(error):
-            self.sender.call(sync.abort(error))
+            self._call(sync.abort(error))
             return
         self._ranks.fail("sync_weights()", error)
-        concurrent.futures.wait({self.sender.submit(sync.abort(error))}, GRACE)
+        concurrent.futures.wait({self._loop.submit(sync.abort(error), _CALL)}, GRACE)
 
     def _begins_again(self, error: BaseException) -> bool:
         """Whether all ranks do, since an engine has died that another can take the place of."""
@@ -203,7 +212,7 @@ class WeightSync:
             here = isinstance(error, (EngineDeadError, EngineTimeoutError))
             if self._config.restarts and (here or _died_elsewhere(error)):
                 mended = self._lifecycle.down or not here
-                again = all(self._gather("sync_weights(): once more", mended))
+                again = all(self._gather("sync_weights(): once more", mended, bool))
         finally:
             if self._waiting is not None and not again:
                 left, self._waiting = self._waiting, None
@@ -217,13 +226,14 @@ class WeightSync:
                 "the engine's weights can't be compared with the policy's: they went the way of "
                 f"{self.sender.path!r} ({self.sender.reason}), which may rearrange them"
             )
-        with held(GRACE), self._turn(), self._together("verify_weights()"):
+        limit = self._config.sync_timeout
+        with held(GRACE), self._turn(), self._together("verify_weights()", limit):
             source = self._policy.source(self._config.peft)
             require_same(self._specs, source.specs, dtypes=self._shared is not None)
             try:
-                self.sender.compare(source, self._read)
+                self.sender.compare(source, self._lifecycle)
             finally:
-                self.sender.tidy(source)
+                self.sender.release(source)
 
     def _look(self, verify: bool) -> Source:
         source = self._policy.source(self._config.peft)
@@ -243,20 +253,16 @@ class WeightSync:
             )
         return source
 
-    def _put_whole(self, source: Source, sync: SyncTransition) -> tuple[int, int]:
-        """As `Sender.put`, beside a trainer that may be in an optimizer step: then once more."""
+    def _send_steadily(self, source: Source, sync: SyncTransition) -> Written:
+        """As `Sender.send`, beside a trainer that may be in an optimizer step: then once more."""
         for _ in range(_TRIES):
             before = self._policy.stamp()
-            done = self.sender.put(source, sync)
+            done = self.sender.send(source, sync)
             if source.staged_from is not None or self._policy.stamp() == before:
                 return done
         raise WeightSyncError(
             f"the policy's weights changed each of {_TRIES} times that they were copied"
         )
-
-    async def _read(self, work: Callable) -> Any:
-        async with self._lifecycle.reading() as engine:
-            return await work(engine)
 
     @property
     def readable(self) -> bool:
@@ -278,12 +284,15 @@ class WeightSync:
         alone = source.adapter is not None and size == source.adapter.bytes
         return "adapter" if alone else self.sender.path
 
-    def _gather(self, what: str, value: Any) -> list[Any]:
-        return self._ranks.gather(what, value, self._config.sync_timeout)
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.call(work, self._config.transition_time, _CALL)
+
+    def _gather(self, what: str, value: T, kind: Any) -> list[T]:
+        return self._ranks.gather(what, value, self._config.sync_timeout, kind)
 
     @contextlib.contextmanager
-    def _together(self, what: str, timeout: float | None = None) -> Iterator[None]:
-        timeout = timeout or self._config.sync_timeout
+    def _together(self, what: str, timeout: float) -> Iterator[None]:
+        """The block succeeds on all ranks, or raises on all."""
         with self._ranks.together(what, timeout), self._group.together(what, timeout):
             yield
 
@@ -301,7 +310,7 @@ class WeightSync:
             self._one_at_a_time.release()
 
 
-def _alone(*_: Any) -> contextlib.AbstractContextManager:
+def _alone(what: str, timeout: float) -> AbstractContextManager[None]:
     """`WeightSync._together` of one rank that doesn't ask the others."""
     return contextlib.nullcontext()
 

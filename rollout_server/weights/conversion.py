@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout_server.errors import UnsupportedModelError
-from rollout_server.weights.storages import identity
+from rollout_server.weights.storages import Watching, identity
 from rollout_server.weights.wire import TensorSpec, View
 
 
@@ -69,7 +68,7 @@ class _AsACheckpointOfItsKind:
     back like one that was made in memory: vLLM knows the published layout only."""
 
     def __init__(self, model: Any):
-        self._model = weakref.proxy(model)
+        self._model: Any = weakref.proxy(model)
         self._kept: Any = None
 
     def __enter__(self) -> None:
@@ -82,10 +81,12 @@ class _AsACheckpointOfItsKind:
             self._model._weight_conversions = self._kept
 
 
-class _ViewsStayViews(TorchDispatchMode):
+class _ViewsStayViews(Watching):
     """`contiguous()` of a view is the view: only where its elements are is asked."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         aten, kwargs = torch.ops.aten, kwargs or {}
         if func is aten.clone.default:
             return args[0].view_as(args[0])

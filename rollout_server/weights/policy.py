@@ -67,7 +67,8 @@ class Policy:
         will move there, as FSDP's does, is counted to the process's current one."""
         device = next(iter(self.bare.parameters())).device
         if device.type == "cuda":
-            return device.index
+            index: int = device.index
+            return index
         return torch.cuda.current_device() if torch.cuda.is_available() else None
 
     @property

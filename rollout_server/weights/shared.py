@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rollout_server.errors import ConfigError
 from rollout_server.weights.sources.base import Source
-from rollout_server.weights.transport import handle, shared_empty
+from rollout_server.weights.transport import Handle, handle, shared_empty
 from rollout_server.weights.wire import ADDRESS, Layout
 
 
@@ -39,7 +39,7 @@ def require_shareable(source: Source) -> None:
 class SharedWeights:
     """The memory that the policy and the engine have in common; empty until the engine asks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._views: dict[str, torch.Tensor] = {}
         self._layout: Layout | None = None
         self._slots: list[torch.Tensor] = []
@@ -82,7 +82,7 @@ class SharedWeights:
                 _say(engine, f"{type(error).__name__}: {error}")
 
     @torch.no_grad()
-    def _move(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> list:
+    def _move(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> list[Handle]:
         """Allocate, copy, rebind; slot by slot, so that little is there twice."""
         if self._layout is not None:
             if layout != self._layout:
@@ -148,7 +148,8 @@ class SharedWeights:
             if any(p.data_ptr() in pointers for group in groups for p in group["params"]):
                 work()
 
-        return register_optimizer_step_pre_hook(hook).remove
+        undo: Callable[[], None] = register_optimizer_step_pre_hook(hook).remove
+        return undo
 
 
 def _say(engine: Connection, text: str) -> None:

@@ -5,19 +5,20 @@ What goes where follows from names and shapes alone, so every rank, and every sy
 buckets; their memory and its handles stay the same too.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from rollout_server.weights.transport import shared_empty
-from rollout_server.weights.wire import Part, Piece, TensorSpec
+from rollout_server.weights.wire import Part, Parts, Piece, TensorSpec
 
 _ALIGN = 16
 
 
 @dataclass(frozen=True)
-class Slot:
+class BucketSlot:
     """Rows `first` to `first + rows` of a tensor, at `offset` bytes of a bucket."""
 
     name: str
@@ -42,12 +43,12 @@ class Slot:
 class Bucket:
     """Slots, and how many bytes they take."""
 
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[BucketSlot] = field(default_factory=list)
     nbytes: int = 0
 
 
 @dataclass
-class Wanted:
+class EngineTensorInfo:
     """What the engine says of the tensors.
 
     dtypes: what it holds them in; tensors travel in that dtype where it is the smaller one.
@@ -69,9 +70,9 @@ class Staging:
     that can't be split.
     """
 
-    def __init__(self, bucket_bytes: int, wanted: Wanted):
+    def __init__(self, bucket_bytes: int, engine: EngineTensorInfo):
         self.bucket_bytes = bucket_bytes
-        self.wanted = wanted
+        self.engine = engine
         self._memory: list[torch.Tensor | None] = [None, None]
 
     def memory(self, number: int, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -110,7 +111,7 @@ def buckets(
             if take == 0:
                 found.append(Bucket())
                 continue
-            bucket.slots.append(Slot(name, dtype, row_shape, first, take, bucket.nbytes))
+            bucket.slots.append(BucketSlot(name, dtype, row_shape, first, take, bucket.nbytes))
             bucket.nbytes += -(-take * row // _ALIGN) * _ALIGN
             first += take
     return [bucket for bucket in found if bucket.slots]
@@ -123,18 +124,18 @@ def streamed(
     device: torch.device,
     before: int = 0,
     more: bool = False,
-) -> Iterator[Part]:
+) -> Parts:
     """Parts with the tensors of an iterator, which is asked for one after another.
 
     specs: of the tensors in the iterator's order; before: number of parts that came before;
     more: whether other parts follow.
     """
     rows = [
-        (name, staging.wanted.dtype(name, s.dtype), s.shape[1:], s.shape[0] if s.shape else 1)
+        (name, staging.engine.dtype(name, s.dtype), s.shape[1:], s.shape[0] if s.shape else 1)
         for name, s in specs.items()
     ]
     name, tensor = "", torch.empty(0)
-    planned = buckets(rows, staging.bucket_bytes, staging.wanted.splittable)
+    planned = buckets(rows, staging.bucket_bytes, staging.engine.splittable)
     for index, bucket in enumerate(planned):
         number = before + index
         memory = staging.memory(number, bucket.nbytes, device)
@@ -152,4 +153,5 @@ def streamed(
 
 
 def _row_bytes(row_shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(row_shape).numel() * dtype.itemsize
+    itemsize: int = dtype.itemsize
+    return math.prod(row_shape) * itemsize

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def flat(tensors: Any) -> Iterable[torch.Tensor]:
@@ -22,4 +23,12 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]
 
 def identity(tensor: torch.Tensor) -> int:
     """The same for all views of one storage; an address wouldn't do where it is released."""
-    return tensor.untyped_storage()._cdata
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+class Watching(TorchDispatchMode):
+    """While it is active, torch's operations come to `__torch_dispatch__`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]

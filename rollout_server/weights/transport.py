@@ -12,9 +12,9 @@ import os
 import pickle
 import resource
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ class SharedMemory:
     def open(self) -> torch.UntypedStorage:
         fd = os.open(f"/proc/{self.pid}/fd/{self.fd}", os.O_RDWR)
         try:
-            return torch.UntypedStorage._new_shared_fd_cpu(fd, self.nbytes)
+            return _opened(fd, self.nbytes)
         finally:
             os.close(fd)
 
@@ -48,8 +48,8 @@ class SharedMemory:
 class CudaIpc:
     """A storage on a GPU: a rebuild function of torch and its arguments."""
 
-    rebuild: object
-    arguments: tuple
+    rebuild: Callable[..., torch.Tensor]
+    arguments: tuple[Any, ...]
 
     def open(self) -> torch.UntypedStorage:
         arguments = list(self.arguments)
@@ -79,6 +79,10 @@ class _View(NamedTuple):
         return Piece(self.name, self.row, empty.set_(storage, self.offset, self.shape, strides))
 
 
+Handle = SharedMemory | CudaIpc
+_Handles = tuple[list[Handle], list[_View]]
+
+
 class Opened(NamedTuple):
     """What a message brought: `pieces` of the part `number`, the same objects in every `epoch`."""
 
@@ -96,7 +100,7 @@ class _Exported:
     """What the engine has been told of one part."""
 
     epoch: int
-    key: tuple
+    key: tuple[Any, ...]
     staged: dict[int, torch.Tensor]
 
 
@@ -115,6 +119,7 @@ class Exporter:
         pieces = part.pieces
         sent = self._parts.get(part.number)
         if sent is None or sent.key != _places(pieces):
+            handles: _Handles | None
             sent, handles = self._share(pieces)
             self._parts[part.number] = sent
         else:
@@ -132,12 +137,13 @@ class Exporter:
         self._parts = kept
         return forgotten
 
-    def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, tuple[list, list[_View]]]:
+    def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, _Handles]:
         _allow_many_descriptors()
         self._epoch += 1
         staged: dict[int, torch.Tensor] = {}
         places: dict[int, int] = {}
-        storages, views = [], []
+        storages: list[Handle] = []
+        views: list[_View] = []
         for index, (name, row, tensor) in enumerate(pieces):
             tensor = tensor.detach()
             if not tensor.is_contiguous() or not _in_shared_memory(tensor):
@@ -148,7 +154,14 @@ class Exporter:
                 storages.append(handle(storage))
             place = places[storage.data_ptr()]
             views.append(
-                _View(name, row, place, tensor.dtype, tuple(tensor.shape), tensor.storage_offset())
+                _View(
+                    name,
+                    row,
+                    place,
+                    tensor.dtype,
+                    tuple(tensor.shape),
+                    int(tensor.storage_offset()),
+                )
             )
         # Sharing moves a storage, so its place is known only now.
         return _Exported(self._epoch, _places(pieces), staged), (storages, views)
@@ -193,7 +206,7 @@ def place(device: torch.device, rank: int) -> str:
 class _Unpickler(pickle.Unpickler):
     """Rebuilds handles and nothing else."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if module == __name__ or module.split(".")[0] == "torch":
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} isn't part of a tensor handle")
@@ -211,13 +224,14 @@ def shared_empty(
     try:
         nbytes = max(math.prod(shape) * dtype.itemsize, 1)
         os.ftruncate(fd, nbytes)
-        storage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)
+        storage = _opened(fd, nbytes)
     finally:
         os.close(fd)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
 
 
-def handle(storage: torch.UntypedStorage) -> SharedMemory | CudaIpc:
+def handle(storage: torch.UntypedStorage) -> Handle:
     """What another process opens a storage with; valid while the storage lives."""
     if storage.device.type == "cpu":
         return SharedMemory(os.getpid(), storage._share_fd_cpu_()[0], storage.nbytes())
@@ -232,6 +246,13 @@ def handle(storage: torch.UntypedStorage) -> SharedMemory | CudaIpc:
         ) from (error)
 
 
+def _opened(fd: int, nbytes: int) -> torch.UntypedStorage:
+    """A storage over a file's memory, which it keeps mapped after the descriptor is closed."""
+    kind: Any = torch.UntypedStorage  # its shared-memory side has no types
+    storage: torch.UntypedStorage = kind._new_shared_fd_cpu(fd, nbytes)
+    return storage
+
+
 def _in_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether the tensor's storage can be opened elsewhere; moves it there if there is room."""
     storage = tensor.untyped_storage()
@@ -239,14 +260,15 @@ def _in_shared_memory(tensor: torch.Tensor) -> bool:
         return True
     if not storage.is_shared() and shutil.disk_usage(_SHM).free < 2 * storage.nbytes():
         return False
-    return storage._share_fd_cpu_()[0] >= 0  # -1: shared by name, by someone else
+    descriptor: int = storage._share_fd_cpu_()[0]
+    return descriptor >= 0  # -1: shared by name, by someone else
 
 
-def _places(pieces: Sequence[Piece]) -> tuple:
+def _places(pieces: Sequence[Piece]) -> tuple[Any, ...]:
     return tuple((name, row, *_place(tensor)) for name, row, tensor in pieces)
 
 
-def _place(tensor: torch.Tensor) -> tuple:
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()
     return (
         tensor.device, storage.data_ptr(), storage.nbytes(), tensor.storage_offset(),

@@ -43,7 +43,7 @@ class Copier:
 
 def _is_memory(to: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether the copy is one of consecutive bytes in host memory."""
-    return (
+    return bool(
         to.device.type == source.device.type == "cpu"
         and to.dtype == source.dtype
         and to.is_contiguous()

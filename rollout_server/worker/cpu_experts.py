@@ -6,13 +6,15 @@ matrix products of torch's.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from vllm.model_executor.layers.activation import SwigluOAIAndMul
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-_SWIGLU = SimpleNamespace(alpha=1.702, limit=7.0)  # its own defaults, which vLLM's kernels have too
+# Its own defaults, which vLLM's kernels have too.
+_SWIGLU: Any = SimpleNamespace(alpha=1.702, limit=7.0)
 
 
 def keep_plain() -> None:
@@ -21,16 +23,19 @@ def keep_plain() -> None:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     except ImportError:
         return
-    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None
-    CPUUnquantizedExperts._supports_grouped_gemm = classmethod(lambda cls, config: (True, None))
-    CPUUnquantizedExperts.apply = _apply
-    CPUUnquantizedExperts.rollout_plain = True
+    experts: Any = CPUUnquantizedExperts
+    experts.process_weights_after_loading = lambda self, layer: None
+    experts._supports_grouped_gemm = classmethod(lambda cls, config: (True, None))
+    experts.apply = _apply
+    experts.rollout_plain = True
 
 
 def _apply(
-    self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,
-    expert_map, a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,
-    apply_router_weight_on_input,
+    self: Any, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor,
+    w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+    activation: MoEActivation, global_num_experts: int, expert_map: torch.Tensor | None,
+    a1q_scale: Any, a2_scale: Any, workspace13: Any, workspace2: Any, expert_tokens_meta: Any,
+    apply_router_weight_on_input: bool,
 ) -> None:  # fmt: skip
     """As vLLM's `FusedMoEExpertsModular.apply`: each token's experts, weighted and summed."""
     total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)

@@ -9,6 +9,7 @@ positions), and the weights must be written again, as after vLLM's sleep level 2
 
 import ctypes
 import mmap
+from typing import Any
 
 import torch
 from vllm.model_executor.layers import utils as layer_utils
@@ -24,7 +25,7 @@ _MADV_DONTNEED = 4
 
 
 class CpuWorker(CPUWorker):
-    def load_model(self, *args, **kwargs) -> None:
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
         # vLLM would repack linear weights for oneDNN, AMX or Zen and drop the originals, and new
         # weights would have nowhere to go. It looks this function up at each use.
         layer_utils.dispatch_cpu_unquantized_gemm = _plain_gemm
@@ -32,7 +33,8 @@ class CpuWorker(CPUWorker):
         if self.vllm_config.lora_config is not None:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-            PunicaWrapperCPU.add_lora_linear = add_lora_linear
+            wrapper: Any = PunicaWrapperCPU
+            wrapper.add_lora_linear = add_lora_linear
         super().load_model(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
@@ -58,7 +60,7 @@ class CpuWorker(CPUWorker):
 _repacking_gemm = layer_utils.dispatch_cpu_unquantized_gemm
 
 
-def _plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+def _plain_gemm(layer: Any, remove_weight: bool) -> None:
     if layer.weight.is_meta or layer.weight.ndim == 2:
         layer.cpu_linear = torch.nn.functional.linear
     else:  # convolutions

@@ -39,13 +39,13 @@ class PolicyLoader(DummyModelLoader):
         self._folder, self._share = extra["folder"], extra["share"]
         self._specs, self._views = read_specs(self._folder), read_views(self._folder)
 
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: Any, model_config: Any) -> None:
         if self._share:
             self._share_weights(model)
         else:
             self._fill_weights(model)
 
-    def _share_weights(self, model: torch.nn.Module) -> None:
+    def _share_weights(self, model: Any) -> None:
         try:
             plan = self._record(model, _empty(self._specs), write=False)
         except ValueError as error:
@@ -61,7 +61,7 @@ class PolicyLoader(DummyModelLoader):
         model.rollout_plan = self._record(model, _empty(self._specs), write=False)
         model.rollout_shared = True
 
-    def _fill_weights(self, model: torch.nn.Module) -> None:
+    def _fill_weights(self, model: Any) -> None:
         device = next(model.parameters()).device
         try:
             plan = self._record(model, _random(self._specs, device), write=True)
@@ -100,5 +100,5 @@ def _disprove(plan: Plan, device: torch.device) -> None:
     """Note what isn't where the plan says, after `_random` numbers were loaded."""
     for name, tensor in _random(plan.specs, device):
         if plan.mismatched([Piece(name, 0, tensor)]):
-            plan.obstacles.append(f"{name} isn't where the plan says")
+            plan.unsupported_reasons.append(f"{name} isn't where the plan says")
             plan.rearranged |= {identity(copy.to) for copy in plan.copies[name]}

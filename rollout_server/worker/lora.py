@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout_server import vllm_compat as compat
-from rollout_server.weights.storages import identity
+from rollout_server.weights.storages import Watching, identity
 from rollout_server.weights.wire import ADAPTER_ID, Piece
 
 
@@ -31,8 +30,8 @@ class AdapterSlot:
 
         manager = model.lora_manager
         mapper = compat.lora_name_mapper(model)
-        layers: dict[str, list] = {}
-        recorder = _Recorder()
+        layers: dict[str, list[Any]] = {}
+        recorder = _CopyRecorder()
         for name, _, tensor in pieces:
             module, is_a = parse_fine_tuned_lora_name(name, mapper)
             stand_in = recorder.stand_in(name, tensor)
@@ -87,12 +86,12 @@ class AdapterSlot:
         return places, values
 
 
-class _Recorder(TorchDispatchMode):
+class _CopyRecorder(Watching):
     """Notes copies from stand-ins instead of making them: (name, where to, which part of it)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.places: list[tuple[str, torch.Tensor, tuple]] = []
+        self.places: list[tuple[str, torch.Tensor, tuple[Any, ...]]] = []
         self._names: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []
 
@@ -102,7 +101,9 @@ class _Recorder(TorchDispatchMode):
         self._names[identity(stand_in)] = name
         return stand_in
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             place, source = args[:2]
             name = self._names.get(identity(source))
@@ -118,8 +119,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def add_lora_linear(
-    self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs
-) -> None:
+    self: Any, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor],
+    lora_b_stacked: Sequence[torch.Tensor], scale: float, output_slices: Sequence[int], *,
+    buffer: Any = None, **kwargs: Any,
+) -> None:  # fmt: skip
     """In place of `PunicaWrapperCPU.add_lora_linear`: here every request has the one adapter.
 
     vLLM's own copies A and B once for every token, several times the layer's own work.

@@ -16,6 +16,9 @@ _MARKS = {
 }
 
 
+_Named = tuple[str, torch.nn.Parameter]
+
+
 def mark(model: torch.nn.Module) -> None:
     """Overwrite every parameter with marks."""
     for _, bits, value in _bits(model):
@@ -34,7 +37,9 @@ def marked(model: torch.nn.Module) -> list[str]:
     return lines
 
 
-def _bits(model: torch.nn.Module) -> Iterator[tuple[tuple, torch.Tensor, int]]:
+def _bits(
+    model: torch.nn.Module,
+) -> Iterator[tuple[_Named, torch.Tensor, int]]:
     for name, parameter in model.named_parameters():
         if parameter.numel() and not parameter.is_meta and parameter.element_size() in _MARKS:
             dtype, value = _MARKS[parameter.element_size()]

@@ -13,6 +13,7 @@ in pieces: some rows (of dimension 0) of the whole.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -46,12 +47,13 @@ class Plan:
     views: Views = field(default_factory=dict)
     copies: dict[str, list[Copy]] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
-    obstacles: list[str] = field(default_factory=list)
+    unsupported_reasons: list[str] = field(default_factory=list)
+    repacked: list[str] = field(default_factory=list)  # of these, what vLLM did after loading
     rearranged: set[int] = field(default_factory=set)  # `identity` of what holds other values
 
     @property
     def usable(self) -> bool:
-        return not self.obstacles
+        return not self.unsupported_reasons
 
     def pairs(self, pieces: Iterable[Piece]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(destinations, sources), equally long and pairwise of one shape."""
@@ -86,7 +88,7 @@ class Plan:
 
     def mismatched(self, pieces: Sequence[Piece]) -> list[str]:
         """Names of the pieces that differ from what the engine holds."""
-        names = {}
+        names: dict[str, None] = {}
         for piece in pieces:
             for to, source in zip(*self.pairs([piece]), strict=True):
                 if not torch.equal(to, source.to(to.dtype)):
@@ -125,8 +127,7 @@ def checkpoint_tensors(
 def merged(copies: list[Copy], spec: TensorSpec) -> list[Copy]:
     """One copy for those that are steps of equal size in both, as experts are; else the same."""
     first = min(copies, key=lambda c: c.offset)
-    kind = lambda c: (c.stride, c.to.shape, c.to.stride(), identity(c.to), c.to.dtype)  # noqa: E731
-    if len(copies) < 2 or any(kind(c) != kind(first) for c in copies):
+    if len(copies) < 2 or any(_kind(c) != _kind(first) for c in copies):
         return copies
     pairs = sorted((c.offset, c.to.storage_offset()) for c in copies)
     step, to_step = pairs[1][0] - pairs[0][0], pairs[1][1] - pairs[0][1]
@@ -146,6 +147,11 @@ def merged(copies: list[Copy], spec: TensorSpec) -> list[Copy]:
     return [Copy(first.name, first.offset, (inside * step, step, *first.stride), to)]
 
 
+def _kind(copy: Copy) -> tuple[Any, ...]:
+    """The same for copies that differ in where they begin alone."""
+    return copy.stride, copy.to.shape, copy.to.stride(), identity(copy.to), copy.to.dtype
+
+
 def _row_size(shape: Sequence[int]) -> int:
     return math.prod(shape[1:])
 
@@ -155,10 +161,13 @@ def _by_rows(copy: Copy, row: int) -> bool:
     if not copy.to.dim() or copy.stride[0] != row:
         return False
     inner = zip(copy.to.shape[1:], copy.stride[1:], strict=True)
-    return copy.offset % row + sum((n - 1) * s for n, s in inner) < row
+    last: int = copy.offset % row + sum((n - 1) * s for n, s in inner)
+    return last < row
 
 
-def _part(copy: Copy, shape: tuple[int, ...], piece: Piece):
+def _part(
+    copy: Copy, shape: tuple[int, ...], piece: Piece
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(destination, source) of the part of `copy` that lies in `piece`; None if there is none."""
     tensor, base = piece.tensor, piece.tensor.storage_offset()
     if tuple(tensor.shape) == tuple(shape):

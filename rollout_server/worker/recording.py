@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rollout_server.weights.storages import identity
+from rollout_server.weights.storages import Watching, identity
 from rollout_server.weights.wire import TensorSpec, Views
 from rollout_server.worker.plan import Copy, Fill, Plan, checkpoint_tensors, merged
 
@@ -42,19 +41,19 @@ def record(
         why = f"vLLM's loader fails on the trainer's tensors: {type(error).__name__}: {error}"
         if refused or write:
             raise ValueError("\n".join(refused or [why])) from error
-        plan.obstacles.append(why)
+        plan.unsupported_reasons.append(why)
         return plan
     if lines := _left_out(plan, recorder.taken()) + recorder.unwritten():
         raise ValueError("\n".join(lines))
-    plan.obstacles = list(dict.fromkeys(plan.obstacles))
+    plan.unsupported_reasons = list(dict.fromkeys(plan.unsupported_reasons))
     plan.copies = {name: merged(copies, specs[name]) for name, copies in plan.copies.items()}
     return plan
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Watching):
     """Sees every write into the model's parameters and buffers, and what it was made of."""
 
-    def __init__(self, model: torch.nn.Module, plan: Plan, write: bool):
+    def __init__(self, model: Any, plan: Plan, write: bool):
         super().__init__()
         self._model = model
         self._at_first = {identity(t) for t in [*model.parameters(), *model.buffers()]}
@@ -79,7 +78,9 @@ class _Recorder(TorchDispatchMode):
             self._sources[identity(tensor)] = own
             yield from self._named(checkpoint_tensors(self._plan.views, [(own, tensor)]))
 
-    def _named(self, tensors: Iterator[tuple[str, torch.Tensor]]):
+    def _named(
+        self, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for self._name, tensor in tensors:
             yield self._name, tensor
 
@@ -107,10 +108,12 @@ class _Recorder(TorchDispatchMode):
             elif left := _left(parameter, written[place] + filled.get(place, [])):
                 what = f"{left} of the {size} elements of {name} aren't loaded"
                 padding = left == size - _loadable(parameter)  # by vLLM's own account
-                (plan.obstacles if padding else lines).append(what)
+                (plan.unsupported_reasons if padding else lines).append(what)
         return lines
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         origins = frozenset().union(*(self._origins(t) for t in given))
@@ -141,7 +144,7 @@ class _Recorder(TorchDispatchMode):
             return frozenset([self._sources[place]])
         return self._made_of.get(place, frozenset())
 
-    def _note(self, func, args, changed: list[torch.Tensor]) -> None:
+    def _note(self, func: Any, args: Any, changed: list[torch.Tensor]) -> None:
         aten = torch.ops.aten
         plan, to = self._plan, changed[0]
         if func is aten.fill_.Scalar:
@@ -159,9 +162,10 @@ class _Recorder(TorchDispatchMode):
             return
         plan.rearranged |= {identity(t) for t in changed}
         if func is aten.copy_.default:
-            plan.obstacles.append(f"what becomes of {self._name} is computed while it is loaded")
+            reason = f"what becomes of {self._name} is computed while it is loaded"
         else:
-            plan.obstacles.append(f"{self._name} is written with {func}")
+            reason = f"{self._name} is written with {func}"
+        plan.unsupported_reasons.append(reason)
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
@@ -171,7 +175,7 @@ def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, list[torch.Tensor]
     return found
 
 
-def _changed(func, args, kwargs) -> list[torch.Tensor]:
+def _changed(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Arguments that an operation writes into."""
     changed = []
     for number, argument in enumerate(func._schema.arguments):
@@ -220,7 +224,8 @@ def _called(name: str, plan: Plan) -> str:
 
 def _loadable(parameter: torch.Tensor) -> int:
     """How many elements vLLM means to load; fewer than there are where it pads experts."""
-    return getattr(parameter, "weight_loader_numel", parameter.numel())
+    number: int = getattr(parameter, "weight_loader_numel", parameter.numel())
+    return number
 
 
 def _clear_padding(model: torch.nn.Module) -> None:
@@ -237,12 +242,15 @@ def _left(parameter: torch.Tensor, views: list[torch.Tensor]) -> int:
     painted = torch.zeros(size, dtype=torch.bool, device=parameter.device)
     for view in views:
         _like(painted, view).fill_(True)
-    return (~_like(painted, parameter)).sum().item()
+    return int((~_like(painted, parameter)).sum())
 
 
 def _covers(view: torch.Tensor, whole: torch.Tensor) -> bool:
-    place = lambda t: (t.storage_offset(), t.shape, t.stride())  # noqa: E731
-    return place(view) == place(whole)
+    return _place(view) == _place(whole)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _like(flat: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -251,4 +259,6 @@ def _like(flat: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 def _end(view: torch.Tensor) -> int:
     steps = zip(view.shape, view.stride(), strict=True)
-    return view.storage_offset() + sum((n - 1) * s for n, s in steps) + 1 if view.numel() else 0
+    if not view.numel():
+        return 0
+    return int(view.storage_offset()) + sum((n - 1) * s for n, s in steps) + 1

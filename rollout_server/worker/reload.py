@@ -49,7 +49,7 @@ def part(worker: Any, pieces: Sequence[Piece], first: bool, last: bool, layerwis
 
 
 def _whole(
-    pieces: Sequence[Piece], specs: dict[str, TensorSpec], assembly: dict[str, list]
+    pieces: Sequence[Piece], specs: dict[str, TensorSpec], assembly: dict[str, list[Any]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, row, tensor in pieces:
         shape = specs[name].shape if name in specs else tensor.shape

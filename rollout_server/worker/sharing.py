@@ -28,7 +28,7 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
     Tensors that land in buffers stay apart and are copied. Raises `ValueError` with the list of
     what stands in the way.
     """
-    lines = list(plan.obstacles)
+    lines = list(plan.unsupported_reasons)
     firsts = _firsts(model)
     numbers = {identity(p): number for number, p in enumerate(firsts)}
     places, copied = {}, []
@@ -47,7 +47,7 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
         else:
             stride = to.stride() if tuple(to.shape) == spec.shape else _dense(spec.shape)
             number = numbers[identity(to)]
-            places[name] = Place(number, to.storage_offset(), spec.shape, tuple(stride))
+            places[name] = Place(number, int(to.storage_offset()), spec.shape, tuple(stride))
     lines += [f"the engine sets elements to {f.value}" for f in plan.fills if f.value]
     if lines:
         raise ValueError("; ".join(lines))
@@ -86,4 +86,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
+    return tuple(torch.empty(tuple(shape), device="meta").stride())

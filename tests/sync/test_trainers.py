@@ -18,7 +18,7 @@ from rollout_server.errors import (
     WeightSyncError,
 )
 from rollout_server.weights.sources.kinds import source_of
-from rollout_server.weights.staging import Staging, Wanted
+from rollout_server.weights.staging import EngineTensorInfo, Staging
 
 QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}
 PROMPT = [21, 22, 23]
@@ -227,7 +227,7 @@ def test_a_model_with_other_tensors_than_the_engines(tokenizer):
 def gathered(source, bucket):
     """All tensors of a source put together from its parts."""
     found = {n: torch.full(s.shape, torch.nan, dtype=s.dtype) for n, s in source.specs.items()}
-    for part in source.parts(Staging(bucket, Wanted(splittable=set(source.specs)))):
+    for part in source.parts(Staging(bucket, EngineTensorInfo(splittable=set(source.specs)))):
         for name, row, tensor in part.pieces:
             found[name][row : row + tensor.shape[0]] = tensor
     return found
@@ -281,7 +281,7 @@ def test_a_merge_that_fails_or_is_left_is_undone(tiny, monkeypatch):
     monkeypatch.setattr(kind, "merge", failing)
     with pytest.raises(MemoryError):
         gathered(source_of(model), 1 << 30)
-    parts = source_of(model).parts(Staging(1 << 16, Wanted(splittable=set(before))))
+    parts = source_of(model).parts(Staging(1 << 16, EngineTensorInfo(splittable=set(before))))
     next(parts), next(parts)
     parts.close()
     for name, parameter in model.named_parameters():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rollout_server.weights.staging import Staging, Wanted, buckets, streamed
+from rollout_server.weights.staging import EngineTensorInfo, Staging, buckets, streamed
 from rollout_server.weights.wire import Piece, TensorSpec
 from rollout_server.worker.copier import Copier
 from rollout_server.worker.marks import mark, marked
@@ -74,7 +74,7 @@ def test_copies_by_the_plan_are_what_the_loader_does(how):
     tensors, model = weights(), Model(**how)
     plan = recorded(model, tensors)
     assert (model.qkv == 9).all(), "recording wrote something"
-    assert plan.usable, plan.obstacles
+    assert plan.usable, plan.unsupported_reasons
     pieces = [Piece(name, 0, t) for name, t in tensors.items()]
     assert set(plan.mismatched(pieces)) == set(tensors)
     Copier(*plan.pairs(pieces)).run()
@@ -91,7 +91,7 @@ def test_pieces_in_buckets_land_where_the_whole_would(how, limit):
     tensors, model = weights(), Model(**how)
     plan = recorded(model, tensors)
     assert plan.splittable() == set(tensors)
-    staging = Staging(limit, Wanted({"norm": torch.bfloat16}, plan.splittable()))
+    staging = Staging(limit, EngineTensorInfo({"norm": torch.bfloat16}, plan.splittable()))
     parts = 0
     for part in streamed(specs(tensors), iter(tensors.items()), staging, torch.device("cpu")):
         assert part.number == parts
@@ -151,7 +151,7 @@ def loader(change):
 def test_what_is_not_a_copy_is_an_obstacle(change, obstacle):
     plan = recorded(loader(change), weights())
     assert not plan.usable
-    assert obstacle in " ".join(plan.obstacles)
+    assert obstacle in " ".join(plan.unsupported_reasons)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_loader_that_keeps_tensors_for_later_is_followed():
 
     plan = recorded(Later(), weights())
     assert set(plan.copies) == set(weights()) - {"norm"}
-    assert plan.obstacles == ["what becomes of norm is computed while it is loaded"]
+    assert plan.unsupported_reasons == ["what becomes of norm is computed while it is loaded"]
 
 
 def test_what_a_plan_that_is_not_used_can_still_compare():
@@ -223,7 +223,7 @@ def test_padding_that_vllm_knows_of_is_zero_and_no_error():
     model.embed.weight_loader_numel = 24
     tensors = weights()
     plan = record(model, specs(tensors), tensors.items(), write=True)
-    assert plan.obstacles == ["8 of the 32 elements of embed aren't loaded"]
+    assert plan.unsupported_reasons == ["8 of the 32 elements of embed aren't loaded"]
     assert (model.embed[6:] == 0).all()
 
 

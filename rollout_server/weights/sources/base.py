@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from rollout_server.errors import UnsupportedModelError, WeightSyncError
 from rollout_server.weights.staging import Staging
-from rollout_server.weights.wire import Part, Piece, TensorSpec
+from rollout_server.weights.wire import Part, Parts, Piece, TensorSpec
 
 # What wrappers inside a model put into a parameter's name: torch.compile, activation checkpointing,
 # FSDP1.
@@ -44,7 +44,6 @@ class Source:
 
     collective = False
     adapter: Adapter | None = None
-    frozen_state: tuple | None = None
     staged_from: int | None = None
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
@@ -55,6 +54,10 @@ class Source:
         }
 
     @property
+    def frozen_state(self) -> tuple[Any, ...] | None:
+        return None
+
+    @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """The live tensors by name."""
         return self._tensors
@@ -63,7 +66,7 @@ class Source:
         """The source of some of the tensors."""
         return Source({name: self._tensors[name] for name in names})
 
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         """All tensors, part by part; a part may be overwritten when the next but one is asked for.
 
         These are the live tensors: one part, and nothing is copied. `staging` is for those that
@@ -73,7 +76,7 @@ class Source:
         if pieces:
             yield Part(0, True, pieces)
 
-    def trained_parts(self, staging: Staging) -> Iterator[Part]:
+    def trained_parts(self, staging: Staging) -> Parts:
         """The parts without what is frozen."""
         return self.parts(staging)
 
@@ -124,18 +127,18 @@ def bare_model(model: Any) -> torch.nn.Module:
         if type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine"):
             inner = model.module
         if inner is None:
-            return model
+            return cast(torch.nn.Module, model)
         model = inner
 
 
 def architecture(model: Any) -> torch.nn.Module:
     """The module with the config, inside all wrappers: FSDP1's and PEFT's too."""
-    model = bare_model(model)
-    if type(model).__name__ == "FullyShardedDataParallel":
-        return architecture(model.module)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return architecture(model.get_base_model())
-    return model
+    bare: Any = bare_model(model)
+    if type(bare).__name__ == "FullyShardedDataParallel":
+        return architecture(bare.module)
+    if hasattr(bare, "peft_config") and hasattr(bare, "get_base_model"):
+        return architecture(bare.get_base_model())
+    return cast(torch.nn.Module, bare)
 
 
 def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

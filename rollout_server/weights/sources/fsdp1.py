@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -10,13 +10,13 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 
 from rollout_server.weights.sources.base import Source, not_finite, own_tensors, plain_name
 from rollout_server.weights.staging import Staging, streamed
-from rollout_server.weights.wire import Part, TensorSpec
+from rollout_server.weights.wire import Parts, TensorSpec
 
 # Shapes aren't known without gathering, and don't change.
-_specs: "weakref.WeakKeyDictionary[FSDP, dict[str, TensorSpec]]" = weakref.WeakKeyDictionary()
+_specs = weakref.WeakKeyDictionary[torch.nn.Module, dict[str, TensorSpec]]()
 
 
-class ShardedByUnits(Source):
+class FSDP1Source(Source):
     """One unit (a decoder layer, as a rule) is gathered at a time, in its master precision, besides
     the buckets. Making the first of these for a model is collective too."""
 
@@ -34,11 +34,11 @@ class ShardedByUnits(Source):
         self.specs = _specs[model]
 
     @property
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self._model.named_parameters())  # the local shards
 
     @torch.no_grad()
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         device = next(self._model.parameters()).device
         with contextlib.closing(self._walk()) as walk:
             yield from streamed(self.specs, walk, staging, device)
@@ -47,7 +47,7 @@ class ShardedByUnits(Source):
         return not_finite((plain_name(n), p) for n, p in self._model.named_parameters())
 
     @torch.no_grad()
-    def _walk(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _walk(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         """(name, full tensor); it holds until the next is asked for. Collective."""
         # In preorder: the root's first summon makes the state of the whole tree.
         for path, unit in self._model.named_modules():

@@ -5,6 +5,7 @@ reads. Every rank gets all of it, for its own engine.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rollout_server.weights.sources.base import Source, not_finite, policy_tensors
 from rollout_server.weights.staging import Bucket, Staging, buckets, streamed
-from rollout_server.weights.wire import Part, Piece
+from rollout_server.weights.wire import Part, Parts, Piece
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ShardedByRows(Source):
+class FSDP2Source(Source):
     """Parameters that are DTensors; those that aren't cut by rows are gathered one by one."""
 
     collective = True
@@ -30,17 +31,20 @@ class ShardedByRows(Source):
             if isinstance(module, FSDPModule):
                 module.reshard()  # a forward pass may have left full parameters; local
         super().__init__(policy_tensors(model))
-        cut = {n: t for n, t in self.tensors.items() if _row_dim(t) is not None}
+        cut: dict[str, Any] = {n: t for n, t in self.tensors.items() if _row_dim(t) is not None}
         mesh = {(t.device_mesh, _row_dim(t)) for t in cut.values()}
         # A second mesh (experts, for one) goes one by one.
-        self._mesh, self._dim = next(iter(mesh)) if cut else (None, None)
+        self._mesh: Any = None
+        self._dim: int | None = None
+        if mesh:
+            self._mesh, self._dim = next(iter(mesh))
         self._rows = {
             n: t for n, t in cut.items() if (t.device_mesh, _row_dim(t)) == (self._mesh, self._dim)
         }
         self._others = {n: t for n, t in self.tensors.items() if n not in self._rows}
 
     @torch.no_grad()
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         planned = self._planned(staging)
         for number, bucket in enumerate(planned):
             last = number == len(planned) - 1 and not self._others
@@ -64,13 +68,13 @@ class ShardedByRows(Source):
             return []
         world = self._mesh.size(self._dim)
         rows = [
-            (name, staging.wanted.dtype(name, t.dtype), tuple(t.shape[1:]), -(-t.shape[0] // world))
+            (name, staging.engine.dtype(name, t.dtype), tuple(t.shape[1:]), -(-t.shape[0] // world))
             for name, t in self._rows.items()
         ]
         # Two buckets of all ranks' rows, and once more this rank's own, are the memory taken.
         limit = 2 * staging.bucket_bytes // (2 * world + 1)
         # With several ranks each has a piece already.
-        splittable = staging.wanted.splittable
+        splittable = staging.engine.splittable
         if stuck := self._rows.keys() - splittable:
             self._others |= {name: self._rows.pop(name) for name in stuck}
             rows = [row for row in rows if row[0] in self._rows]
@@ -100,7 +104,7 @@ class ShardedByRows(Source):
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _row_dim(tensor: torch.Tensor) -> int | None:
+def _row_dim(tensor: Any) -> int | None:
     """The one mesh dimension over which a DTensor is cut, by rows; None: not cut like that."""
     if not isinstance(tensor.data, DTensor) or not tensor.shape:
         return None
@@ -111,11 +115,12 @@ def _row_dim(tensor: torch.Tensor) -> int | None:
     return None
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor.data, DTensor) else tensor
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor.data, DTensor) else tensor
+    return local
 
 
-def _device_of(mesh) -> torch.device:
+def _device_of(mesh: Any) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.accelerator.current_device_index())

@@ -16,22 +16,22 @@ def source_of(model: Any, peft: str = "merge") -> Source:
     if hasattr(model, "peft_config"):
         return _of_peft(model, peft)
     if type(model).__name__ == "FullyShardedDataParallel":
-        from rollout_server.weights.sources.fsdp1 import ShardedByUnits
+        from rollout_server.weights.sources.fsdp1 import FSDP1Source
 
-        return ShardedByUnits(model)
+        return FSDP1Source(model)
     if _is_fsdp2(model):
-        from rollout_server.weights.sources.fsdp2 import ShardedByRows
+        from rollout_server.weights.sources.fsdp2 import FSDP2Source
 
-        return ShardedByRows(model)
+        return FSDP2Source(model)
     tensors = policy_tensors(model)
     if any(hasattr(t, "ds_id") for t in tensors.values()):
-        from rollout_server.weights.sources.zero3 import Partitioned
+        from rollout_server.weights.sources.zero3 import ZeRO3Source
 
-        return Partitioned(tensors)
+        return ZeRO3Source(tensors)
     if any(isinstance(t, DTensor) for t in tensors.values()):  # by tensor parallel alone
-        from rollout_server.weights.sources.fsdp2 import ShardedByRows
+        from rollout_server.weights.sources.fsdp2 import FSDP2Source
 
-        return ShardedByRows(model)
+        return FSDP2Source(model)
     return Source(tensors)
 
 

@@ -5,14 +5,14 @@ bit by bit: subtracting what was added would leave rounding errors, more at each
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from rollout_server.errors import NotAvailableError
+from rollout_server.errors import NotAvailableError, UnsupportedModelError
 from rollout_server.weights.sources.base import (
     Adapter,
     Source,
@@ -22,7 +22,7 @@ from rollout_server.weights.sources.base import (
     whole_pieces,
 )
 from rollout_server.weights.staging import Staging, streamed
-from rollout_server.weights.wire import Part
+from rollout_server.weights.wire import Part, Parts
 
 _PREFIX = "base_model.model."
 
@@ -38,7 +38,7 @@ class Merged(Source):
     def __init__(self, model: Any):
         self._model = model
         self._layers = {
-            base_name(f"{path}.weight", model).removesuffix(".weight"): layer
+            _layer_name(path, model): layer
             for path, layer in model.named_modules()
             if isinstance(layer, BaseTunerLayer) and _adapted(layer)
         }
@@ -53,7 +53,7 @@ class Merged(Source):
         self._live = {n: t for n, t in tensors.items() if id(t) not in adapted}
 
     @torch.no_grad()
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         names = list(self._names())
         yield Part(0, not names, whole_pieces(self._live))
         if not names:  # the adapter is disabled, or merged by its owner
@@ -72,7 +72,7 @@ class Merged(Source):
             for name, _ in layer.get_base_layer().named_parameters(recurse=False):
                 yield f"{path}.{name}"
 
-    def _merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _merged(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         for path, layer in self._layers.items():
             with _while_merged(layer) as weights:
                 for name, tensor in weights.items():
@@ -85,19 +85,19 @@ class WithAdapter(Source):
     def __init__(self, model: Any):
         tensors = base_tensors(model)
         super().__init__(tensors)
-        self.adapter = adapter_of(model)
+        self.adapter: Adapter = adapter_of(model)
         self._frozen = {n: t for n, t in tensors.items() if not t.requires_grad}
 
     @property
-    def frozen_state(self) -> tuple:
+    def frozen_state(self) -> tuple[Any, ...]:
         return tuple((t.data_ptr(), t._version) for t in self._frozen.values())
 
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         trained = self._trained()
         yield Part(0, not trained, whole_pieces(self._frozen))
         yield from self.trained_parts(staging)
 
-    def trained_parts(self, staging: Staging) -> Iterator[Part]:
+    def trained_parts(self, staging: Staging) -> Parts:
         if trained := self._trained():
             yield Part(1, True, whole_pieces(trained))
 
@@ -123,6 +123,13 @@ def base_tensors(model: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _layer_name(path: str, model: Any) -> str:
+    name = base_name(f"{path}.weight", model)
+    if name is None:
+        raise UnsupportedModelError(f"{path} has an adapter, but its weights are in no checkpoint")
+    return name.removesuffix(".weight")
+
+
 def base_name(name: str, model: Any) -> str | None:
     """The checkpoint's name of a PEFT model's tensor; None if it is in no checkpoint."""
     name = plain_name(name).removeprefix(_PREFIX)
@@ -146,10 +153,12 @@ def adapter_of(model: Any) -> Adapter:
             f"the policy has {len(active)} active adapters, peft='adapter' takes one; use "
             "peft='merge'"
         )
-    tensors, scaling = {}, {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or not _has(layer, active[0]):
+    tensors: dict[str, torch.Tensor] = {}
+    scaling: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or not _has(module, active[0]):
             continue
+        layer: Any = module  # it has what its tuner gives it
         if why := _not_plain(layer, active[0]):
             raise NotAvailableError(
                 f"{name} has {why}, which vLLM's LoRA layers don't compute; use peft='merge'"
@@ -160,9 +169,9 @@ def adapter_of(model: Any) -> Adapter:
         else:
             a, b = layer.lora_embedding_A[active[0]], layer.lora_embedding_B[active[0]]
             names = f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
-        names = [plain_name(n) for n in names]
-        tensors |= {names[0]: a, names[1]: b}
-        scaling[names[1]] = float(layer.scaling[active[0]])
+        name_a, name_b = map(plain_name, names)
+        tensors |= {name_a: a, name_b: b}
+        scaling[name_b] = float(layer.scaling[active[0]])
     return Adapter(tensors, scaling)
 
 

@@ -6,12 +6,12 @@ import torch
 
 from rollout_server.weights.sources.base import Source, not_finite
 from rollout_server.weights.staging import Staging, streamed
-from rollout_server.weights.wire import Part, TensorSpec
+from rollout_server.weights.wire import Parts, TensorSpec
 
 _TOGETHER = 64 << 20  # bytes that are gathered at once
 
 
-class Partitioned(Source):
+class ZeRO3Source(Source):
     """Parameters with `ds_id`; DeepSpeed gathers them, a few at a time, besides the buckets."""
 
     collective = True
@@ -28,7 +28,7 @@ class Partitioned(Source):
         }  # fmt: skip
 
     @torch.no_grad()
-    def parts(self, staging: Staging) -> Iterator[Part]:
+    def parts(self, staging: Staging) -> Parts:
         device = _shard(next(iter(self._tensors.values()))).device
         yield from streamed(self.specs, self._gathered(), staging, device)
 
@@ -44,7 +44,8 @@ class Partitioned(Source):
                     yield name, tensor.data
 
     def _groups(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        group, size = [], 0
+        group: list[tuple[str, torch.Tensor]] = []
+        size = 0
         for name, tensor in self._tensors.items():
             nbytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
             if group and size + nbytes > _TOGETHER:
