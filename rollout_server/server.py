@@ -170,10 +170,13 @@ class RolloutServer:
         return self._engine.pid
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `weights` and `kv_cache` as allocated by the engine (0 while they are given back,
-        and for weights that are the trainer's), `resident` host memory of the engine's processes,
-        and with offload_optimizer `optimizer`, the state that is parked in host memory. In a group
-        of ranks, the engine's on this rank's device; `resident` is the first one's."""
+        """What the engine holds, in bytes, by name.
+
+        `weights` and `kv_cache` are as the engine allocated them (0 while they are given back, and
+        for weights that are the trainer's), `resident` is host memory of the engine's processes,
+        and `optimizer`, with `offload_optimizer`, is the state that is parked in host memory. In
+        a group of ranks, the engine's on this rank's device; `resident` is the first one's.
+        """
         given_back = self.state in (State.ASLEEP, State.DOWN)
         told = self._engine.description
         parked = {} if self._offload is None else {"optimizer": self._offload.parked_bytes}
@@ -184,8 +187,10 @@ class RolloutServer:
         }
 
     def take_kv_cache_peak(self) -> float:
-        """The highest share (0 to 1) of the KV cache in use since this was last called; in a group
-        of ranks the first one's to tell, 0 on the others."""
+        """The highest share (0 to 1) of the KV cache in use since this was last called.
+
+        In a group of ranks the first one's to tell, 0 on the others.
+        """
         return self._engine.take_kv_cache_peak()
 
     # -- weights, sleep, wake -----------------------------------------------------------------
@@ -194,7 +199,16 @@ class RolloutServer:
         """Give the engine the policy's weights as they are now, and raise `policy_version`.
 
         Requests wait meanwhile; running generations are continued with the new weights. A server
-        that sleeps wakes up.
+        that sleeps wakes up. With several ranks all of them call this.
+
+        Returns:
+            What went, how, and how fast.
+
+        Raises:
+            WeightSyncError: the policy's tensors aren't those that the engine knows, hold NaN or
+                infinity, or differ from what the engine holds afterwards.
+            StateError: the server is closed or broken.
+            RankError: another rank failed.
         """
         with held(GRACE), self._open():
             if self.state not in (State.ASLEEP, State.DOWN):
@@ -260,13 +274,20 @@ class RolloutServer:
     ) -> list[Completion]:
         """Sample completions, without HTTP.
 
-        prompts: one prompt or several; each a string, token ids, or messages.
-        sampling: fields of vLLM's `SamplingParams` over the server's defaults.
-        timeout: seconds, instead of `generate_timeout`.
+        Args:
+            prompts: one prompt or several; each a string, token ids, or messages.
+            sampling: fields of vLLM's `SamplingParams` over the server's defaults.
+            timeout: seconds, instead of `generate_timeout`.
 
-        Returns `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those
-        of the first prompt first. Raises `SamplingError`, `PromptTooLongError`, and `StateError`
-        if the server sleeps.
+        Returns:
+            `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those of the
+            first prompt first.
+
+        Raises:
+            SamplingError: a sampling field is unknown, or has a value that vLLM rejects.
+            PromptTooLongError: a prompt is longer than the engine's context.
+            StateError: the server sleeps, is closed or broken.
+            DeadlineError: it took longer than `timeout`.
         """
         self._box.require_open()
         ids = prompt_list(prompts, self._policy.tokenizer)
@@ -349,8 +370,15 @@ class RolloutServer:
     ) -> Session:
         """A rollout session with a URL, a key and a trajectory of its own.
 
-        on_sync, unmasked_logprobs: for its requests that don't say (`Session`); metadata: kept on
-        the session, such as the example that the agent works on.
+        Args:
+            on_sync: what a sync or a sleep does to a running request that doesn't say: "continue",
+                "restart" or "finish".
+            unmasked_logprobs: whether to record the model's own log-probabilities too; see
+                `Session`.
+            **metadata: kept on the session, such as the example that the agent works on.
+
+        Returns:
+            The session, which ends with its `end`, or on the way out of a `with`.
         """
         self._box.require_open()
         if not self._endpoint.is_open:
@@ -373,8 +401,10 @@ class RolloutServer:
         return self._journal.metrics.values()
 
     def report(self) -> Report:
-        """What to send with a bug report: `print(server.report())`. Without secrets; in any state,
-        and it never raises."""
+        """What to send with a bug report: `print(server.report())`.
+
+        It holds no secrets, can be made in any state, and never raises.
+        """
         server = {
             "time": now(),
             "state": self.state,
@@ -401,8 +431,10 @@ class RolloutServer:
     def note_logprob_difference(self, nats: float, *, grammar: bool = False) -> None:
         """Put into the metrics how far the trainer's log-probabilities are from the engine's.
 
-        nats: mean absolute difference per token; grammar: of tokens sampled under one, whose
-        log-probabilities are of another distribution than the trainer's.
+        Args:
+            nats: mean absolute difference per token.
+            grammar: of tokens sampled under one, whose log-probabilities are of another
+                distribution than the trainer's.
         """
         sampled = "grammar" if grammar else "free"
         name = "logprob_mean_absolute_difference_nats"

@@ -13,7 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 OPTIONS_HERE = "<!-- options -->"
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 # Attributes that make a browser load something, by tag. `a` is followed by people only.
@@ -42,6 +46,21 @@ def on_page_markdown(markdown, page, **_):
         source = (ROOT / "rollout_server" / "config.py").read_text()
         markdown = markdown.replace(OPTIONS_HERE, options_page(source))
     return markdown
+
+
+def on_page_content(html, **_):
+    """Let paths and names in tables be broken where they have joints: phones are narrow."""
+    return re.sub(r"<td>.*?</td>", lambda cell: _breakable(cell[0]), html, flags=re.S)
+
+
+def _breakable(cell: str) -> str:
+    return re.sub(
+        r"<code>([^<]+)</code>",
+        lambda code: (
+            "<code>" + re.sub(r"([/_]|\.(?!py\b|sh\b))(?=\w)", r"\1<wbr>", code[1]) + "</code>"
+        ),
+        cell,
+    )
 
 
 def on_post_build(config):
@@ -98,7 +117,8 @@ def options_page(source: str) -> str:
         raise ValueError(f"RolloutConfig: docstring and fields differ: {wrong}")
     lines = [opening]
     for section in sections:
-        lines += [f"## {section.title}"]
+        title, _, note = section.title.partition(" (")
+        lines += [f"## {title}"] + ([f"({note}"] if note else [])
         for names, text in section.entries:
             for name in names:
                 kind, default = fields[name]
@@ -171,7 +191,9 @@ def problems(site: Path) -> list[str]:
                 found.append(f"{here}: {link}: {why}")
         found += [f"{here}: loads {link}" for link in page.loads if _is_elsewhere(link)]
     for path in sorted(site.rglob("*.css")):
-        for link in re.findall(r"(?:url\(|@import\s+)[\"']?((?:https?:)?//[^)\"'\s]+)", path.read_text()):
+        for link in re.findall(
+            r"(?:url\(|@import\s+)[\"']?((?:https?:)?//[^)\"'\s]+)", path.read_text()
+        ):
             found.append(f"{path.relative_to(site)}: loads {link}")
     return found
 
