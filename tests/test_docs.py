@@ -32,6 +32,7 @@ from pages import (
 )
 
 from rollout_server import RolloutServerError
+from rollout_server.observability import logs
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page.read_text(), page)]
 CODES = [(page, code) for page in PAGES for code in codes_of(page.read_text())]
@@ -231,6 +232,13 @@ def test_defaults_in_tables_are_those_of_the_options():
             assert amount(row[1]) == OPTIONS[name[1]].default, row
             checked.add(name[1])
     assert len(checked) == 6
+
+
+def test_the_table_of_loggers_has_all():
+    rows = rows_of((ROOT / "docs/observability.md").read_text())
+    told = rows[next(i for i, row in enumerate(rows) if row[0] == "logger") + 1 :][:3]
+    ours = {logger.name for logger in (logs.GENERAL, logs.REQUESTS, logs.LIFECYCLE)}
+    assert {row[0].strip("`") for row in told} == ours
 
 
 # -- README and links -------------------------------------------------------------------------
