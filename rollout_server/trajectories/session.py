@@ -30,6 +30,7 @@ class Session:
             session's.
         api_key: names the session at the server's own URL too.
         metadata: what the caller gave, such as the example that the agent works on.
+        tree: what was recorded, as a tree of tokens; `trajectory` makes rows of it.
         on_sync: what a sync or a sleep does to a running request that doesn't say: "continue",
             "restart" or "finish", as in a request's body.
         unmasked_logprobs: whether to record, too, what the model gives for the sampled tokens
