@@ -1,9 +1,9 @@
 """The processes that train together, where there are several: `torch.distributed`'s ranks.
 
-Each has an engine of its own, or each group of neighbours has one (see engine/group.py). A step of all of
-them counts when all have done it. They tell each other through the process group's key-value store,
-which has a deadline for each wait and can say who is missing; no collective is called, so none of
-the trainer's can be disturbed.
+Each has an engine of its own, or each group of neighbours has one (see engine/group.py). A step of
+all of them counts when all have done it. They tell each other through the process group's key-value
+store, which has a deadline for each wait and can say who is missing; no collective is called, so
+none of the trainer's can be disturbed.
 """
 
 import contextlib
