@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test test-fast soak bench lint format lock clean
+.PHONY: help setup demo test test-fast soak bench docs lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,9 @@ soak: setup ## faults, fuzzing, memory, for long (ROLLOUT_FUZZ_CASES, ROLLOUT_SO
 bench: setup ## benchmarks, with their figures
 	python -m pytest -q -s tests/benchmarks
 
+docs: ## build the documentation into site/, strictly
+	scripts/docs.sh
+
 lint: setup ## the rules: ruff's checks and formatting, who imports whom, types
 	ruff check .
 	ruff format --check .
@@ -53,5 +56,5 @@ lock: setup ## resolve requirements/cpu.in anew
 	scripts/lock.sh
 
 clean: ## remove .venv, runs and caches
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
+	rm -rf .venv .venv-docs site runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -176,7 +176,7 @@ def _warn_of_bias(trainer: Any) -> None:
         f"{', '.join(f'{n}={fields[n]!r}' for n in biased)}: completions are sampled from another "
         "distribution than the policy's own, which the trainer computes with. What is cut off is "
         "never sampled, and the importance ratio of what is kept is below 1; watch "
-        "rollout/truncated_mass (see 'Cut-off sampling' in the README)"
+        "rollout/truncated_mass (see 'Cut-off sampling' in docs/trl.md)"
     )
     mode = getattr(trainer, "vllm_importance_sampling_mode", "")
     if getattr(trainer, "vllm_importance_sampling_correction", False) and "sequence" in mode:

@@ -24,17 +24,24 @@ def attach(
 ) -> RolloutServer:  # fmt: skip
     """Start a vLLM engine beside a trainer or a model, serve it, and return its handle.
 
-    attach(trainer, **options): a TRL trainer (GRPO, RLOO); its rollouts come from the engine
-    from now on.
-    attach(model, tokenizer, **options): any model of which vLLM knows the architecture; call
-    `sync_weights`, `sleep` and `wake` on the handle yourself.
+    `attach(trainer, **options)` takes a TRL trainer (GRPO, RLOO); its rollouts come from the engine
+    from now on. `attach(model, tokenizer, **options)` takes any model of which vLLM knows the
+    architecture; call `sync_weights`, `sleep` and `wake` on the handle yourself.
 
-    optimizer: of that model, for offload_optimizer=True; a trainer knows its own.
-    rollout: an agent, `rollout(session, example)`, sync or async, which is run for each prompt of a
-    trainer instead of one completion: it talks to the policy through the session with any client,
-    and returns a reward or sets it. `example` is the row of the data set.
-    options: fields of `RolloutConfig`. Returns once the endpoint answers. Raises subclasses of
-    `RolloutServerError`, and leaves nothing running then.
+    Args:
+        trainer_or_model: the trainer, or the model (a `torch.nn.Module`).
+        tokenizer: of the model; a trainer knows its own.
+        optimizer: of the model, for `offload_optimizer=True`; a trainer knows its own.
+        rollout: an agent, `rollout(session, example)`, sync or async, which is run for each prompt
+            of a trainer instead of one completion: it talks to the policy through the session with
+            any client, and returns a reward or sets it. `example` is the row of the data set.
+        **options: fields of `RolloutConfig`.
+
+    Returns:
+        The server, once its endpoint answers.
+
+    Raises:
+        RolloutServerError: by one of its subclasses; nothing is left running then.
     """
     config = RolloutConfig.of(options)
     if rollout is not None:

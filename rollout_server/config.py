@@ -26,7 +26,7 @@ class RolloutConfig:
     """Options of `attach`. Durations are in seconds, sizes in bytes.
 
     Where it listens:
-        host: address to bind. Default loopback, where only this machine's processes reach it.
+        host: address to bind. By default loopback, where only this machine's processes reach it.
         port: TCP port; 0 takes a free one. With several ranks on a machine, the first one's; the
             others take those after it.
         api_key: secret that clients send as `Authorization: Bearer`; None makes one of 256 random
@@ -78,7 +78,7 @@ class RolloutConfig:
             weights; running and waiting requests go on then. 0: never. An engine that ranks share
             (`tensor_parallel_size`) isn't restarted.
 
-    What clients may ask for at a time (more: rollout_server/http/refusals.py):
+    What clients may ask for at a time (more: `rollout_server/http/refusals.py`):
         max_body_bytes: of one request; beyond: 413. All that are there at a time: 64 times that.
         max_connections: open at a time; beyond: 503. The process's soft limit of open files is
             raised for them, as far as its hard limit lets it.

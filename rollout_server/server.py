@@ -167,10 +167,13 @@ class RolloutServer:
         return self._engine.pid
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `weights` and `kv_cache` as allocated by the engine (0 while they are given back,
-        and for weights that are the trainer's), `resident` host memory of the engine's processes,
-        and with offload_optimizer `optimizer`, the state that is parked in host memory. In a group
-        of ranks, the engine's on this rank's device; `resident` is the first one's."""
+        """What the engine holds, in bytes, by name.
+
+        `weights` and `kv_cache` are as the engine allocated them (0 while they are given back, and
+        for weights that are the trainer's), `resident` is host memory of the engine's processes,
+        and `optimizer`, with `offload_optimizer`, is the state that is parked in host memory. In
+        a group of ranks, the engine's on this rank's device; `resident` is the first one's.
+        """
         given_back = self.state in (State.ASLEEP, State.DOWN)
         worker = self._engine.worker
         return self._colocation.parked | {
@@ -180,8 +183,10 @@ class RolloutServer:
         }
 
     def take_kv_cache_peak(self) -> float:
-        """The highest share (0 to 1) of the KV cache in use since this was last called; in a group
-        of ranks the first one's to tell, 0 on the others."""
+        """The highest share (0 to 1) of the KV cache in use since this was last called.
+
+        In a group of ranks the first one's to tell, 0 on the others.
+        """
         return self._engine.take_kv_cache_peak()
 
     # -- weights, sleep, wake -----------------------------------------------------------------
@@ -190,7 +195,16 @@ class RolloutServer:
         """Give the engine the policy's weights as they are now, and raise `policy_version`.
 
         Requests wait meanwhile; running generations are continued with the new weights. A server
-        that sleeps wakes up.
+        that sleeps wakes up. With several ranks all of them call this.
+
+        Returns:
+            What went, how, and how fast.
+
+        Raises:
+            WeightSyncError: the policy's tensors aren't those that the engine knows, hold NaN or
+                infinity, or differ from what the engine holds afterwards.
+            StateError: the server is closed or broken.
+            RankError: another rank failed.
         """
         with held(GRACE), self._box.open_throughout():
             if self.state not in (State.ASLEEP, State.DOWN):
@@ -242,13 +256,20 @@ class RolloutServer:
     ) -> list[Completion]:
         """Sample completions, without HTTP.
 
-        prompts: one prompt or several; each a string, token ids, or messages.
-        sampling: fields of vLLM's `SamplingParams` over the server's defaults.
-        timeout: seconds, instead of `generate_timeout`.
+        Args:
+            prompts: one prompt or several; each a string, token ids, or messages.
+            sampling: fields of vLLM's `SamplingParams` over the server's defaults.
+            timeout: seconds, instead of `generate_timeout`.
 
-        Returns `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those
-        of the first prompt first. Raises `SamplingError`, `PromptTooLongError`, and `StateError`
-        if the server sleeps.
+        Returns:
+            `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those of the
+            first prompt first.
+
+        Raises:
+            SamplingError: a sampling field is unknown, or has a value that vLLM rejects.
+            PromptTooLongError: a prompt is longer than the engine's context.
+            StateError: the server sleeps, is closed or broken.
+            DeadlineError: it took longer than `timeout`.
         """
         self._box.require_open()
         fields = self._sampling | {"logprobs": 0} | dict(sampling or {})
@@ -271,8 +292,15 @@ class RolloutServer:
     ) -> Session:
         """A rollout session with a URL, a key and a trajectory of its own.
 
-        on_sync, unmasked_logprobs: for its requests that don't say (`Session`); metadata: kept on
-        the session, such as the example that the agent works on.
+        Args:
+            on_sync: what a sync or a sleep does to a running request that doesn't say: "continue",
+                "restart" or "finish".
+            unmasked_logprobs: whether to record the model's own log-probabilities too; see
+                `Session`.
+            **metadata: kept on the session, such as the example that the agent works on.
+
+        Returns:
+            The session, which ends with its `end`, or on the way out of a `with`.
         """
         self._box.require_open()
         return self._clients.session(on_sync, unmasked_logprobs, metadata)
@@ -284,8 +312,10 @@ class RolloutServer:
         return self._journal.metrics.values()
 
     def report(self) -> Report:
-        """What to send with a bug report: `print(server.report())`. Without secrets; in any state,
-        and it never raises."""
+        """What to send with a bug report: `print(server.report())`.
+
+        It holds no secrets, can be made in any state, and never raises.
+        """
         config = vars(self._config) | {"sampling": self._sampling}
         return server_report(
             self, self._box.why, self._ranks, config, self._policy, self._engine_log, self._journal
@@ -294,8 +324,10 @@ class RolloutServer:
     def note_logprob_difference(self, nats: float, *, grammar: bool = False) -> None:
         """Put into the metrics how far the trainer's log-probabilities are from the engine's.
 
-        nats: mean absolute difference per token; grammar: of tokens sampled under one, whose
-        log-probabilities are of another distribution than the trainer's.
+        Args:
+            nats: mean absolute difference per token.
+            grammar: of tokens sampled under one, whose log-probabilities are of another
+                distribution than the trainer's.
         """
         self._journal.logprob_difference(nats, grammar)
 

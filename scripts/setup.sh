@@ -11,7 +11,7 @@ lock=requirements/cpu.txt
 stamp="$venv/.setup-stamp"
 
 fingerprint() {
-    { echo "$PWD"; cat "$lock" requirements/deepspeed.txt setup.cfg pyproject.toml scripts/*.sh; } | sha256sum
+    { echo "$PWD"; cat "$lock" requirements/deepspeed.txt setup.cfg pyproject.toml scripts/common.sh scripts/setup.sh; } | sha256sum
 }
 
 supported() {

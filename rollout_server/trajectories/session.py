@@ -24,7 +24,9 @@ _numbers = itertools.count(1)
 
 
 class Session:
-    """Made by `RolloutServer.session`, ended by `end` or on the way out of a `with`.
+    """One rollout of an agent: a URL and a key of its own, what it recorded, and its reward.
+
+    Made by `RolloutServer.session`, ended by `end` or on the way out of a `with`.
 
     Attributes:
         number: what logs call it, counted in this process; `id` is part of the URL, and as secret.
@@ -32,6 +34,7 @@ class Session:
             session's.
         api_key: names the session at the server's own URL too.
         metadata: what the caller gave, such as the example that the agent works on.
+        tree: what was recorded, as a tree of tokens; `trajectory` makes rows of it.
         on_sync: what a sync or a sleep does to a running request that doesn't say: "continue",
             "restart" or "finish", as in a request's body.
         unmasked_logprobs: whether to record, too, what the model gives for the sampled tokens
@@ -132,7 +135,12 @@ class Session:
     ) -> None:
         """Give the rollout its reward, or parts of it by name; later values replace earlier ones.
 
-        Raises `ConfigError` for what isn't a finite number.
+        Args:
+            reward: of the whole rollout; None leaves it as it is.
+            components: named parts of it, which are logged.
+
+        Raises:
+            ConfigError: a value isn't a finite number.
         """
         parts = {f"components[{name!r}]": value for name, value in (components or {}).items()}
         for name, value in {"reward": reward, **parts}.items():
@@ -151,8 +159,10 @@ class Session:
         return self._ended
 
     def end(self) -> None:
-        """Take no more calls (they get 401), and end those that wait or run; what was recorded
-        stays. Any number of times."""
+        """Take no more calls (they get 401), and end those that wait or run.
+
+        What was recorded stays. It may be called any number of times.
+        """
         with self._lock:
             first, self._ended = not self._ended, True
         if first:

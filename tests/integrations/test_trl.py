@@ -281,7 +281,7 @@ def test_generation_kwargs_that_vllm_lacks_are_refused_at_attach(make_trainer, f
     ("settings", "mode", "told"),
     [
         ({"top_p": 0.9}, "sequence_mask", r"top_p=0\.9: .*truncated_mass.*'token_truncate'"),
-        ({"top_k": 5, "min_p": 0.1}, "token_truncate", r"top_k=5, min_p=0\.1: .*README'?\)$"),
+        ({"top_k": 5, "min_p": 0.1}, "token_truncate", r"top_k=5, min_p=0\.1: .*trl\.md'?\)$"),
         ({"repetition_penalty": 1.2}, "token_mask", r"repetition_penalty=1\.2: "),
         ({"generation_kwargs": {"min_tokens": 4}}, "token_mask", "min_tokens=4: "),
         ({"top_k": -1, "top_p": 1, "min_p": 0.0}, "sequence_mask", None),
