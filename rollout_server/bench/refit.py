@@ -250,7 +250,7 @@ def _resting(
 
     sync = server._lifecycle.sync()
 
-    async def write(work: Callable) -> Any:
+    async def write(work: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         async with sync.writing():
             return await work(server._engine)
 

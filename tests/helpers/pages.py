@@ -18,7 +18,7 @@ from rollout_server import Completion, RolloutConfig, RolloutServer, SyncReport,
 from rollout_server.http import routes
 from rollout_server.trajectories.session import Session
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 OPTIONS = {field.name: field for field in dataclasses.fields(RolloutConfig)}
