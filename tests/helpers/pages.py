@@ -30,13 +30,16 @@ OBJECTS = {
 LOGGERS = ("rollout_server.requests", "rollout_server.lifecycle")
 # Which test runs a command, by its beginning: the test's file, and what in it does.
 RUN_BY = {
-    "python -m rollout_server.doctor": ("test_doctor.py", '"-m", "rollout_server.doctor"'),
+    "python -m rollout_server.doctor": ("doctor/test_doctor.py", '"-m", "rollout_server.doctor"'),
     "python -m rollout_server.bench refit": (
         "benchmarks/test_refit.py",
         '"-m", "rollout_server.bench", "refit"',
     ),
-    "python recipes/agent.py": ("test_agent_recipe.py", "str(RECIPE)"),
-    "python recipes/nemo_gym/run.py": ("test_nemo_gym.py", '"recipes/nemo_gym/run.py"'),
+    "python recipes/agent.py": ("recipes/test_agent_recipe.py", "str(RECIPE)"),
+    "python recipes/nemo_gym/run.py": (
+        "integrations/test_nemo_gym.py",
+        '"recipes/nemo_gym/run.py"',
+    ),
     "accelerate launch": ("test_docs.py", "def test_the_launch_command"),
     "curl": ("test_docs.py", "def test_the_metrics_command"),
 }
