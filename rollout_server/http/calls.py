@@ -124,19 +124,24 @@ class Call:
         whole = params.output_kind.name != "DELTA"
         restarts = self.options.on_sync == "restart"
         steps = self._restarted(start, prompt, params) if restarts else start(prompt, params)
-        async with contextlib.aclosing(steps):
-            async for step in steps:
-                if not generation.prompt_ids and step.prompt_token_ids is not None:
-                    generation.prompt_ids = list(step.prompt_token_ids)
-                for output in step.outputs:
-                    if whole:
-                        generation.samples[output.index] = Sample()
-                    sample = generation.samples.setdefault(output.index, Sample())
-                    self._take(sample, output)
-                if step.finished and self.options.unmasked_logprobs and _is_text(prompt):
-                    for sample in generation.samples.values():
-                        await self._unmask(start, generation.prompt_ids, sample, params)
-                yield step
+        samples = generation.samples
+        try:
+            async with contextlib.aclosing(steps):
+                async for step in steps:
+                    if not generation.prompt_ids and step.prompt_token_ids is not None:
+                        generation.prompt_ids = list(step.prompt_token_ids)
+                    for output in step.outputs:
+                        sample = samples.get(output.index)
+                        if whole or sample is None:
+                            sample = samples[output.index] = Sample()
+                        self._take(sample, output)
+                    if step.finished and self.options.unmasked_logprobs and _is_text(prompt):
+                        for sample in samples.values():
+                            await self._unmask(start, generation.prompt_ids, sample, params)
+                    yield step
+        except compat.engine_death() as error:
+            self.died = str(error)
+            raise
 
     async def _restarted(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
         """The steps of the first attempt during which the weights don't change, at its end."""

@@ -62,6 +62,13 @@ class Hold:
         if (scope["method"], scope["path"]) not in routes.GENERATES:
             await self._app(scope, receive, send)
             return
+        if self._gate.is_open and self.waiting < self._most and self.admission.enter_at_once():
+            note(scope).held = 0.0
+            try:
+                await self._app(scope, receive, _telling_why(send, self._gate))
+            finally:
+                self.admission.leave()
+            return
         live, turn, started = scope.get(SESSION), _Turn(), time.perf_counter()
         try:
             try:
