@@ -50,6 +50,7 @@ class Engine:
     ):  # fmt: skip
         self.client = client
         self._peak = peak
+        self._heard = 0
         self.workers: list[dict[str, Any]] = []
         self.description: dict[str, Any] = {}
         self._children = children
@@ -161,8 +162,12 @@ class Engine:
         self.client.deaths = max(2, (restarts + 1) // 2)
 
     async def ping(self) -> None:
-        """Return when the engine answers."""
-        await self._on_workers("rollout_ping")
+        """Return when the engine answers; one that has reported since the last call isn't asked."""
+        heard, self._heard = self._heard, self._peak.reports
+        if heard == self._heard:
+            await self._on_workers("rollout_ping")
+        else:
+            self.require_alive()
 
     @property
     def pid(self) -> int:
