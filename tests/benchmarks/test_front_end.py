@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from support import MIB, spread
 
+from rollout_server.engine.arguments import CPU_WORKER
+
 sys.path.insert(0, str(Path(__file__).parent / "front_end"))
 from clients import ask, cpu_seconds
 
@@ -27,12 +29,15 @@ SIZES = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 * MIB}
 SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    # As attach() has it: the worker is inside the engine's process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1",
 }  # fmt: skip
 # What attach() chooses of vLLM's.
 SAME = [
     "--dtype=float32", "--enforce-eager", "--max-num-seqs=256", "--generation-config=vllm",
     "--logprobs-mode=processed_logprobs", "--enable-auto-tool-choice", "--tool-call-parser=hermes",
     "--served-model-name=policy", "--disable-uvicorn-access-log", "--host=127.0.0.1",
+    "--distributed-executor-backend=uni", f"--worker-cls={CPU_WORKER}",
 ]  # fmt: skip
 # path, tokens of an answer, requests of a client in a round, whether it streams
 KINDS = {
@@ -41,6 +46,7 @@ KINDS = {
     "chat streamed": ("/chat/completions", 64, 1, True),
 }
 LIMITS = {"no session": 1.1, "session": 1.3}
+SAME_EVENTS = 0.03
 
 
 @contextlib.contextmanager
@@ -152,6 +158,15 @@ def measure(kind, own, vllm, rounds, warm_up=WARM_UP, ways=("vLLM", "no session"
     return costs, events
 
 
+def compared(costs, events, way):
+    """The ratio in each round whose streams had as many events. A front end that isn't given a core
+    for a while tells several tokens in one event, which costs it less."""
+    rounds = zip(costs[way], costs["vLLM"], events[way], events["vLLM"], strict=True)
+    ratios = [a / b for a, b, ours, theirs in rounds if abs(ours - theirs) <= SAME_EVENTS * theirs]
+    assert len(ratios) >= len(costs[way]) / 3, "the machine is too busy: events were put together"
+    return ratios
+
+
 @pytest.mark.timeout(1800)
 def test_front_end(tiny_folder, report):
     """CPU time of the process that a request costs, the engine's process left out on both sides:
@@ -163,9 +178,10 @@ def test_front_end(tiny_folder, report):
             for way, found in costs.items():
                 rows[f"{kind}, {way}"] = spread(found, "ms")
             for way, limit in LIMITS.items():
-                each = [a / b for a, b in zip(costs[way], costs["vLLM"], strict=True)]
+                each = compared(costs, events, way)
                 ratios[kind, way] = statistics.median(each)
                 rows[f"{kind}, {way} / vLLM (at most {limit})"] = spread(each)
+                rows[f"{kind}, {way} / vLLM, rounds"] = len(each)
             if KINDS[kind][3]:
                 rows[f"{kind}: events of an answer"] = ", ".join(
                     f"{way} {statistics.mean(found):.1f}" for way, found in events.items()
