@@ -95,6 +95,7 @@ class Call:
     own_length: it says how many tokens to sample at most.
     silent: what is sampled is shown to nobody, so it is none: vLLM samples a token where it was
     asked for the prompt alone.
+    unshown: log-probabilities are recorded, and not in the answer.
     died: why the engine that had it won't answer.
     """
 
@@ -115,6 +116,7 @@ class Call:
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)
+    unshown: bool = False
     died: str | None = None
 
     async def sampled(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
@@ -174,19 +176,20 @@ class Call:
         if self.silent:
             sample.finish_reason = output.finish_reason or sample.finish_reason
             return
-        ids = list(output.token_ids)
+        ids, start = output.token_ids, len(sample.ids)
         if output.logprobs is not None:
             sample.logprobs += [
                 max(at[i].logprob, LOWEST_LOGPROB)
                 for i, at in zip(ids, output.logprobs, strict=True)
             ]
-        versions, start = sample.versions, len(sample.ids)
         sample.ids += ids
-        sample.finish_reason = output.finish_reason or sample.finish_reason
-        if spans := compat.weight_spans(output):  # of all its tokens; told at its end
-            sample.versions = spans
-        elif ids:
-            version = self.version()
+        if output.finish_reason is not None:
+            sample.finish_reason = output.finish_reason
+            if spans := compat.weight_spans(output):  # of all its tokens; told at its end
+                sample.versions = spans
+                return
+        if ids:
+            version, versions = self.version(), sample.versions
             if versions and versions[-1][0] == version:
                 start = versions.pop()[1]
             versions.append((version, start, len(sample.ids)))

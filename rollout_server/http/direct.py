@@ -7,7 +7,6 @@ content type, large, or refused by the model) goes the whole way, and is answere
 everything where this vLLM's app is built otherwise than is known here.
 """
 
-import functools
 import inspect
 import marshal
 import time
@@ -81,9 +80,10 @@ class DirectEndpoints:
             if response is not None:  # else the client has gone away
                 begun = time.perf_counter()
                 if self._cors is not None:
-                    send = functools.partial(
-                        self._cors.send, send=send, request_headers=request.headers
-                    )
+                    # Its headers, at once: in the way of each event there is nothing then.
+                    start = {"type": "http.response.start", "headers": response.raw_headers}
+                    await self._cors.send(start, _nowhere, request.headers)
+                    response.raw_headers = start["headers"]
                 await response(scope, receive, send)
         finally:
             if self._count is not None:
@@ -96,6 +96,10 @@ class _Failed(Response):
     def __init__(self, error: Exception):
         super().__init__(status_code=500)
         self.error = error
+
+
+async def _nowhere(message: Any) -> None:
+    pass
 
 
 def _is_plain(scope) -> bool:

@@ -112,15 +112,18 @@ def _telling_why(send, gate: Gate):
     """A `send` that puts the reason in the place of a 500 that comes of a gate shut for good."""
     instead = False
 
-    async def tell(message):
+    def tell(message):  # no coroutine of its own: there are many messages
         nonlocal instead
         if message["type"] == "http.response.start" and message["status"] == 500 and gate.why_shut:
             instead = True
-            await send_error(send, 503, gate.why_shut, "service_unavailable")
-        elif not instead:
-            await send(message)
+            return send_error(send, 503, gate.why_shut, "service_unavailable")
+        return _nothing() if instead else send(message)
 
     return tell
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass

@@ -37,6 +37,8 @@ _TOLD = 8192  # answers
 _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 _OURS = frozenset(NAMES)
 # How an event tells that a choice ends, as vLLM's JSON and Python's have it.
+_BY_CHOICE = frozenset((CHAT, _COMPLETIONS))  # whose events tell the end so
+_UNREAD = 64  # events
 _ENDS = b'"finish_reason":"', b'"finish_reason": "'
 
 
@@ -152,9 +154,10 @@ class _Answer:
         self._each = n if type(n) is int and n > 0 else 1  # answers to a prompt
         self._start: dict | None = None
         self._pending = b""
-        self._streams = self._passes = self._recorded = False
+        self._streams = self._splices = self._passes = self._recorded = False
         self._complete = self._failed = False
         self._stream = Stream(path) if live is not None or self._with_tokens else None
+        self._unread: list[bytes] = []  # events
         self._mark: tuple[int | None, bytes] = None, b""  # of the last event
         self.copy: Copy | None = None
 
@@ -164,6 +167,15 @@ class _Answer:
         return self._complete and not self._failed and ends.isdisjoint(("abort", "error"))
 
     async def send(self, message: dict) -> None:
+        if self._splices and message.get("more_body") and not self._pending:
+            body = message.get("body", b"")
+            if _is_plain(body):
+                if self._stream is not None:
+                    self._unread.append(body)
+                    if len(self._unread) == _UNREAD:
+                        self._read()
+                await self._out({**message, "body": self._opened() + body[7:]})
+                return
         if message["type"] == "http.response.start":
             version = str(self._version()).encode()
             message = {**message, "headers": [*message["headers"], (VERSION_HEADER, version)]}
@@ -172,6 +184,10 @@ class _Answer:
             generates = ("POST", self._path) in routes.GENERATES
             marked = message["status"] == 200 and generates and (self._streams or b"json" in kind)
             self._passes = not marked
+            # The version is put in front; what it says is read later, several events at once.
+            self._splices = (
+                marked and self._streams and (self._stream is None or self._path in _BY_CHOICE)
+            )
             if self._streams or self._passes:
                 await self._out(message)
             else:
@@ -209,11 +225,8 @@ class _Answer:
 
     async def _events(self, message: dict) -> None:
         """Events end with an empty line; half an event waits for its other half."""
-        body, more = message.get("body", b""), message.get("more_body", False)
-        if self._stream is None and more and not self._pending and _is_plain(body):
-            await self._send({**message, "body": self._opened() + body[7:]})
-            return
-        body = self._pending + body
+        self._read()
+        body, more = self._pending + message.get("body", b""), message.get("more_body", False)
         at = body.rfind(b"\n\n") + 2 if more else len(body)
         body, self._pending = (body[:at], body[at:]) if at >= 2 else (b"", body)
         lines = [self._event(line) for line in body.split(b"\n")]
@@ -222,6 +235,14 @@ class _Answer:
         if body or not more:
             await self._out({**message, "body": b"\n".join(lines)})
         self._complete = not more
+
+    def _read(self) -> None:
+        """What was spliced, and not looked at."""
+        unread, self._unread = self._unread, []
+        for body in unread:
+            event = _parsed(body[6:-2])
+            self._failed = self._failed or _tells_error(event)
+            self._stream.add(event)
 
     def _opened(self) -> bytes:
         """How an event begins that has fields of its own."""
