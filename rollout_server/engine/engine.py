@@ -59,6 +59,7 @@ class Engine:
         self.client = client
         self._peak = peak
         self.description = EngineDescription([])
+        self._heard = 0
         self._children = children
         self._log = log_path
         self._pids = pids
@@ -162,7 +163,12 @@ class Engine:
         self.client.max_crashes = max(2, (restarts + 1) // 2)
 
     async def ping(self) -> None:
-        await self._on_workers("rollout_ping")
+        """Return when the engine answers; one that has reported since the last call isn't asked."""
+        heard, self._heard = self._heard, self._peak.reports
+        if heard == self._heard:
+            await self._on_workers("rollout_ping")
+        else:
+            self.require_alive()
 
     @property
     def worker(self) -> WorkerDescription:

@@ -5,12 +5,15 @@ from typing import Any
 
 
 class PeakUsage:
-    """The highest share (0 to 1) of the KV cache in use since it was last taken."""
+    """The highest share (0 to 1) of the KV cache in use since it was last taken; `reports`: how
+    often the engine has told of it."""
 
     def __init__(self) -> None:
+        self.reports = 0
         self._peak = 0.0
 
     def see(self, usage: float) -> None:
+        self.reports += 1
         self._peak = max(self._peak, usage)
 
     def take(self) -> float:

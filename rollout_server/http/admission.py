@@ -18,10 +18,16 @@ class Admission:
         self.running = 0
         self.queued = 0
 
-    async def enter(self, owner: Hashable) -> None:
-        """Return when it is the turn of one of `owner`'s requests; `leave` must follow."""
+    def enter_at_once(self) -> bool:
+        """Whether nobody needs to wait, and one request more is in; `leave` must follow then."""
         if self.running < self._limit and not self._queues:
             self.running += 1
+            return True
+        return False
+
+    async def enter(self, owner: Hashable) -> None:
+        """Return when it is the turn of one of `owner`'s requests; `leave` must follow."""
+        if self.enter_at_once():
             return
         turn = asyncio.get_running_loop().create_future()
         self._queues.setdefault(owner, deque()).append(turn)

@@ -38,13 +38,14 @@ class Stream:
         self._whole: Message | None = None
 
     def add(self, event: dict[str, Any]) -> None:
-        ends = [event.get("meta_info"), event.get("details")]  # of SGLang's /generate, of TGI's
         for choice in event.get("choices", ()):
             if choice.get("index", 0) == 0:
-                ends.append(choice)
+                self.ended = self.ended or bool(choice.get("finish_reason"))
                 if self._path == CHAT:
                     self._delta(choice.get("delta") or {})
-        self.ended = self.ended or any(end and end.get("finish_reason") for end in ends)
+        for name in ("meta_info", "details"):  # of SGLang's /generate, of TGI's
+            if end := event.get(name):
+                self.ended = self.ended or bool(end.get("finish_reason"))
         if self._path == RESPONSES:
             if event.get("type") in ("response.completed", "response.incomplete"):
                 self._whole = _of_response(event["response"])

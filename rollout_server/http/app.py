@@ -7,6 +7,7 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.http.calls import current
+from rollout_server.http.direct import DirectEndpoints
 from rollout_server.http.faults import Faults
 from rollout_server.http.intake import Handed, Intake
 from rollout_server.http.layers import Hold, Routes
@@ -45,14 +46,16 @@ async def serving_app(
 def layered(
     app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
     names: list[str], vocabulary: int, sampling: Mapping[str, Any], limits: Limits | None = None,
+    vllm: Any = None,
 ) -> Owner:  # fmt: skip
     """What uvicorn serves: `app` behind all layers.
 
     names: of the model; vocabulary: number of token ids that it has; sampling: defaults of the
-    fields that a request leaves out.
+    fields that a request leaves out; vllm: vLLM's FastAPI app, where it is behind `app`.
     """
     limits = limits or Limits()
-    named = Names(Turns(Faults(Handed(app))), names)
+    inner = Handed(app) if vllm is None else DirectEndpoints(Handed(app), vllm)
+    named = Names(Turns(Faults(inner)), names)
     calls = Calls(named, gate, version, vocabulary, sampling, sessions.retries)
     return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 

@@ -85,20 +85,8 @@ def parse(body: bytes) -> Any:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body isn't UTF-8: {error.reason} at byte {error.start}") from None
-    large = len(body) >= LARGE
-    hooks = {"parse_constant": _refuse_constant, "object_pairs_hook": _object}
-    if large or _MANY in body.translate(_DIGITS):
-        hooks["parse_int"] = _integer
-    if large:
-        hooks["parse_float"] = _float
-    containers = body.count(b"[") + body.count(b"{")  # those in strings too
-    if containers > CONTAINERS:
-        hooks["object_pairs_hook"] = counted = _Counted()
-    decoder = json.JSONDecoder(**hooks)
-    if large and body.count(b'"') / 2 + containers > _STRINGS:
-        if containers > CONTAINERS:
-            decoder.parse_array = counted.array
-        decoder.scan_once = json.scanner.py_make_scanner(decoder)
+    many = _MANY in body.translate(_DIGITS)
+    decoder = _DECODERS[many] if len(body) < LARGE else _decoder_of_large(body)
     try:
         value = decoder.decode(text)
     except RecursionError:
@@ -113,6 +101,20 @@ def parse(body: bytes) -> Any:
             "the body has half of a surrogate pair (\\ud800 to \\udfff); send whole characters"
         )
     return value
+
+
+def _decoder_of_large(body: bytes) -> json.JSONDecoder:
+    """Numbers are made in Python, and where there is very much all is: threads take turns there."""
+    hooks = _HOOKS | {"parse_int": _integer, "parse_float": _float}
+    containers = body.count(b"[") + body.count(b"{")  # those in strings too
+    if containers > CONTAINERS:
+        hooks["object_pairs_hook"] = counted = _Counted()
+    decoder = json.JSONDecoder(**hooks)
+    if body.count(b'"') / 2 + containers > _STRINGS:
+        if containers > CONTAINERS:
+            decoder.parse_array = counted.array
+        decoder.scan_once = json.scanner.py_make_scanner(decoder)
+    return decoder
 
 
 def written(value: Any) -> bytes:
@@ -187,6 +189,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRequest(f"{twice[:60]!r} is given twice in one object; give it once")
     return value
+
+
+_HOOKS: dict[str, Any] = {"parse_constant": _refuse_constant, "object_pairs_hook": _object}
+# Of bodies that aren't large: those without long numbers, and those with some.
+_DECODERS = json.JSONDecoder(**_HOOKS), json.JSONDecoder(**_HOOKS, parse_int=_integer)
 
 
 class _Counted:

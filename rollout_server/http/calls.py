@@ -89,6 +89,7 @@ class Call:
     own_length: it says how many tokens to sample at most.
     silent: what is sampled is shown to nobody, so it is none: vLLM samples a token where it was
     asked for the prompt alone.
+    unshown: log-probabilities are recorded, and not in the answer.
     died: why the engine that had it won't answer.
     """
 
@@ -109,6 +110,7 @@ class Call:
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     generations: list[Generation] = field(default_factory=list)
+    unshown: bool = False
     died: str | None = None
 
     async def sampled(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
@@ -118,19 +120,24 @@ class Call:
         whole = params.output_kind.name != "DELTA"
         restarts = self.options.on_sync == "restart"
         steps = self._restarted(start, prompt, params) if restarts else start(prompt, params)
-        async with contextlib.aclosing(steps):
-            async for step in steps:
-                if not generation.prompt_ids and step.prompt_token_ids is not None:
-                    generation.prompt_ids = list(step.prompt_token_ids)
-                for output in step.outputs:
-                    if whole:
-                        generation.samples[output.index] = Sample()
-                    sample = generation.samples.setdefault(output.index, Sample())
-                    self._take(sample, output)
-                if step.finished and self.options.unmasked_logprobs and _is_text(prompt):
-                    for sample in generation.samples.values():
-                        await self._unmask(start, generation.prompt_ids, sample, params)
-                yield step
+        samples = generation.samples
+        try:
+            async with contextlib.aclosing(steps):
+                async for step in steps:
+                    if not generation.prompt_ids and step.prompt_token_ids is not None:
+                        generation.prompt_ids = list(step.prompt_token_ids)
+                    for output in step.outputs:
+                        sample = samples.get(output.index)
+                        if whole or sample is None:
+                            sample = samples[output.index] = Sample()
+                        self._take(sample, output)
+                    if step.finished and self.options.unmasked_logprobs and _is_text(prompt):
+                        for sample in samples.values():
+                            await self._unmask(start, generation.prompt_ids, sample, params)
+                    yield step
+        except compat.engine_death() as error:
+            self.died = str(error)
+            raise
 
     async def _restarted(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
         """The steps of the first attempt during which the weights don't change, at its end."""
@@ -163,19 +170,20 @@ class Call:
         if self.silent:
             sample.finish_reason = output.finish_reason or sample.finish_reason
             return
-        ids = list(output.token_ids)
+        ids, start = output.token_ids, len(sample.ids)
         if output.logprobs is not None:
             sample.logprobs += [
                 max(at[i].logprob, LOWEST_LOGPROB)
                 for i, at in zip(ids, output.logprobs, strict=True)
             ]
-        versions, start = sample.versions, len(sample.ids)
         sample.ids += ids
-        sample.finish_reason = output.finish_reason or sample.finish_reason
-        if spans := compat.weight_spans(output):  # of all its tokens; told at its end
-            sample.versions = spans
-        elif ids:
-            version = self.version()
+        if output.finish_reason is not None:
+            sample.finish_reason = output.finish_reason
+            if spans := compat.weight_spans(output):  # of all its tokens; told at its end
+                sample.versions = spans
+                return
+        if ids:
+            version, versions = self.version(), sample.versions
             if versions and versions[-1][0] == version:
                 start = versions.pop()[1]
             versions.append((version, start, len(sample.ids)))

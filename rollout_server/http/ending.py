@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 
-from rollout_server.concurrency.race import Preempted, run_until
 from rollout_server.http.errors import send_error
 
 _MESSAGE = "the session of this request has ended"
@@ -21,7 +20,8 @@ class Ending:
 
     def __init__(self):
         self.happened = False
-        self._told = asyncio.Event()
+        self._told = False  # to those who wait
+        self._waiting: set[asyncio.Task] = set()  # for what their clients do
         self._loop: asyncio.AbstractEventLoop | None = None  # once there was a request
 
     def happen(self) -> None:
@@ -29,20 +29,39 @@ class Ending:
         self.happened = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # a loop that is closed runs no requests
-                self._loop.call_soon_threadsafe(self._told.set)
+                self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self._told = True
+        for task in self._waiting:
+            task.cancel()
+
+    async def _receive(self, receive) -> dict:
+        """What `receive` gives; a disconnect at the end. No task is made for each that waits: the
+        one that does is cancelled, as `asyncio.timeout` does it."""
+        if self._told:
+            return {"type": "http.disconnect"}
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            if self._told and task.uncancel() <= 0:
+                return {"type": "http.disconnect"}
+            raise
+        finally:
+            self._waiting.discard(task)
 
     async def serve(self, app, scope, receive, send) -> None:
         """Have `app` answer a request, until the end."""
         self._loop = asyncio.get_running_loop()
         if self.happened:  # before there was a loop to tell
-            self._told.set()
+            self._told = True
         started = streams = whole = False
 
         async def until_ended():
-            try:
-                return await run_until(self._told.wait, receive())
-            except Preempted:
-                return {"type": "http.disconnect"}
+            return await self._receive(receive)
 
         async def out(message):
             nonlocal started, streams, whole

@@ -63,16 +63,16 @@ class Endpoint:
         tool_parser: see `engine.arguments.tool_parser`; version: the policy's.
         """
         parser = self._config.reasoning_parser
-        app = await serving_app(client, names, sampling, tool_parser, parser)
+        vllm = await serving_app(client, names, sampling, tool_parser, parser)
         # The trainer's tokenizer isn't thread-safe.
         texts = Texts(copy.deepcopy(tokenizer), client.model_config.max_model_len)
-        tap(client, app.state, texts)
-        app = Generate(Scrape(app, self._journal.metrics), client, sampling, version, texts)
+        tap(client, vllm.state, texts)
+        app = Generate(Scrape(vllm, self._journal.metrics), client, sampling, version, texts)
         app = TextGeneration(app, client, texts, sampling)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
             app, self._key, self.gate, version, self.sessions, names,
-            client.model_config.get_vocab_size(), sampling, limits,
+            client.model_config.get_vocab_size(), sampling, limits, vllm,
         )  # fmt: skip
         self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
         await self._listener.start()

@@ -62,6 +62,13 @@ class Hold:
         if (scope["method"], scope["path"]) not in routes.GENERATES:
             await self._app(scope, receive, send)
             return
+        if self._gate.is_open and self.waiting < self._most and self.admission.enter_at_once():
+            note(scope).held = 0.0
+            try:
+                await self._app(scope, receive, _telling_why(send, self._gate))
+            finally:
+                self.admission.leave()
+            return
         live, turn, started = scope.get(SESSION), _Turn(), time.perf_counter()
         try:
             try:
@@ -105,15 +112,18 @@ def _telling_why(send, gate: Gate):
     """A `send` that puts the reason in the place of a 500 that comes of a gate shut for good."""
     instead = False
 
-    async def tell(message):
+    def tell(message):  # no coroutine of its own: there are many messages
         nonlocal instead
         if message["type"] == "http.response.start" and message["status"] == 500 and gate.why_shut:
             instead = True
-            await send_error(send, 503, gate.why_shut, "service_unavailable")
-        elif not instead:
-            await send(message)
+            return send_error(send, 503, gate.why_shut, "service_unavailable")
+        return _nothing() if instead else send(message)
 
     return tell
+
+
+async def _nothing() -> None:
+    pass
 
 
 @dataclass

@@ -77,9 +77,10 @@ def refuse_content(path: str, request: Any) -> None:
     """Refuse what a body asks for; what isn't an object is left to the route."""
     if not isinstance(request, dict):
         return
-    for name, remedy in _REFUSED.items():
-        if request.get(name):
-            raise BadRequest(f"{name} is {shown(request[name])}; {remedy}")
+    if not _REFUSED.keys().isdisjoint(request):
+        for name, remedy in _REFUSED.items():
+            if request.get(name):
+                raise BadRequest(f"{name} is {shown(request[name])}; {remedy}")
     if request.get("best_of") not in (None, request.get("n"), 1):
         raise BadRequest(f"best_of is {shown(request['best_of'])}; give n alone")
     _require_sane_template(request.get("chat_template_kwargs"))
@@ -167,21 +168,33 @@ def _require_short(path: str, request: Mapping[str, Any]) -> None:
     for name in ("request_id", "rid", "session_id", "user"):
         if isinstance(given := request.get(name), str) and len(given) > NAME:
             raise BadRequest(f"{name} has {len(given)} characters; give at most {NAME}")
+    if _LIMITED.isdisjoint(request):
+        return
     fields = request.get("sampling_params")  # of SGLang's /generate; parameters: of TGI's
     given = [fields, *_list(fields), request.get("parameters")]
     for one in (request, *(f for f in given if isinstance(f, dict))):
         _require_few(one)
 
 
+_NESTED = "sampling_params", "parameters"
+_WORDS = "stop", "stop_sequences", "bad_words"
+_BY_TOKEN = "stop_token_ids", "logit_bias", "logprob_token_ids", "token_ids_logprob"
+# Where there is none of them there is nothing to be looked at: so of most requests.
+_LIMITED = frozenset((*_NESTED, *_WORDS, *_BY_TOKEN))
+_CONSTRAINING = frozenset(
+    ("structured_outputs", "response_format", "text", "output_config", "tools", "sampling_params")
+)
+
+
 def _require_few(fields: Mapping[str, Any]) -> None:
-    for name in ("stop", "stop_sequences", "bad_words"):
+    for name in _WORDS:
         words = fields.get(name)
         words = [words] if isinstance(words, str) else _list(words)
         if (len(words) > STOPS and name != "bad_words") or len(words) > 2 * STOPS:
             raise BadRequest(f"{name} has {len(words)} entries; give at most {STOPS}")
         if any(isinstance(word, str) and len(word) > STOP for word in words):
             raise BadRequest(f"{name} holds a string of more than {STOP} characters; shorten it")
-    for name in ("stop_token_ids", "logit_bias", "logprob_token_ids", "token_ids_logprob"):
+    for name in _BY_TOKEN:
         given = fields.get(name)
         if isinstance(given, (list, dict)) and len(given) > IDS:
             raise BadRequest(f"{name} has {len(given)} entries; give at most {IDS}")
@@ -193,6 +206,8 @@ def _require_few(fields: Mapping[str, Any]) -> None:
 
 def _require_small_constraints(request: Mapping[str, Any]) -> None:
     """Grammars are compiled before anything is sampled, and some sizes take minutes."""
+    if _CONSTRAINING.isdisjoint(request):
+        return
     text, output = request.get("text"), request.get("output_config")
     fields = request.get("sampling_params")
     constraints = {

@@ -13,6 +13,7 @@ from typing import Any
 _EACH = 16  # answers of a session
 _OVERHEAD = 1024  # bytes that one costs besides its body: its header, and what holds it
 _LARGE = 64 << 10  # bytes, from which a thread has the work
+_SMALL = 4 << 10  # bytes that are packed at once: many events
 # A small window: an answer under way costs 32 KiB. Events are much like those just before them.
 _WINDOW, _MEMORY = 12, 5
 
@@ -84,8 +85,11 @@ class Copy:
     def __init__(self, retries: Retries):
         self._retries = retries
         self._start: dict[str, Any] | None = None
-        self._parts: list[bytes] = []
-        self._packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW, _MEMORY)
+        self._parts: list[bytes] = []  # packed, where there is a packer
+        self._loose: list[bytes] = []  # that came since
+        self._loose_bytes = 0
+        self._packer: Any = None
+        self._packed = False
         self.size = 0
         self.dropped = False
         self._grow(_OVERHEAD)
@@ -97,27 +101,43 @@ class Copy:
         if message["type"] == "http.response.start":
             self._start = message
         elif body := message.get("body", b""):
-            pack = self._packer.compress
-            self._put(pack(body) if len(body) < _LARGE else await asyncio.to_thread(pack, body))
+            self._loose.append(body)
+            self._loose_bytes += len(body)
+            if self._loose_bytes >= _LARGE:
+                await asyncio.to_thread(self._pack)
+            elif self._loose_bytes >= _SMALL:
+                self._pack()
 
     def finish(self) -> None:
-        """The answer is whole."""
-        if not self.dropped:
+        """The answer is whole. One that is small isn't packed: it would hardly be smaller."""
+        if not self.dropped and self._packer is not None:
+            self._pack()
             self._put(self._packer.flush())
+        elif not self.dropped:
+            self._put(b"".join(self._loose))
         if not self.dropped:
-            self._packer, self._parts = None, [b"".join(self._parts)]
+            self._packed = self._packer is not None
+            self._parts, self._loose, self._packer = [b"".join(self._parts)], [], None
 
     def drop(self) -> None:
         """Hold nothing, and take nothing any more."""
         if not self.dropped:
-            self.dropped, self._parts, self._packer = True, [], None
+            self.dropped, self._parts, self._loose, self._packer = True, [], [], None
             self._retries.shrink(self.size)
 
     async def messages(self) -> list[dict[str, Any]]:
-        (packed,) = self._parts
-        work = zlib.decompress, packed, _WINDOW
-        body = await asyncio.to_thread(*work) if len(packed) > _LARGE // 8 else work[0](*work[1:])
+        (body,) = self._parts
+        if self._packed:
+            work = zlib.decompress, body, _WINDOW
+            large = len(body) > _LARGE // 8
+            body = await asyncio.to_thread(*work) if large else work[0](*work[1:])
         return [self._start, {"type": "http.response.body", "body": body}]
+
+    def _pack(self) -> None:
+        loose, self._loose, self._loose_bytes = b"".join(self._loose), [], 0
+        packer = self._packer or zlib.compressobj(1, zlib.DEFLATED, _WINDOW, _MEMORY)
+        self._packer = packer
+        self._put(packer.compress(loose))
 
     def _put(self, part: bytes) -> None:
         if part and not self.dropped:

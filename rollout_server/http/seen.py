@@ -51,12 +51,12 @@ class Seen:
             return
         noted, name = Note(), f"{self._prefix}{next(self._numbers)}"
 
-        async def told(message):
+        def told(message):  # no coroutine of its own: there are many messages
             if message["type"] == "http.response.start":
                 noted.status = message["status"]
                 headers = [*message.get("headers", ()), (b"x-request-id", name.encode())]
                 message = {**message, "headers": headers}
-            await send(message)
+            return send(message)
 
         unanswered = _GONE
         try:

@@ -4,7 +4,6 @@ Its routes, streaming or not, all render messages through one method of its rend
 through one method of its client. That of chat completions is given whole conversations again.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -35,6 +34,8 @@ def tap(client: Any, state: Any, texts: Texts) -> None:
     if (chat := state.openai_serving_chat) is not None:
         _tap_chat(chat)
     _tap_generate(client)
+    if (processor := getattr(client, "output_processor", None)) is not None:
+        _tap_logprobs(processor)
     openings = Openings(texts) if tap_parsers(state) else None
     _tap_render(client.renderer, Splicer(texts, _ends(client.model_config)), openings)
 
@@ -65,27 +66,30 @@ def _tap_generate(client: Any) -> None:
         if call is not None and call.must_see and not call.seen:
             # Said before an answer begins, which an error can't take back.
             raise BadRequest(_unseen(client.model_config))
-        return outputs(call, prompt, sampling_params, request_id, options)
-
-    async def outputs(call, prompt, sampling_params, request_id, options):
         if call is None:
-            steps = generate(prompt, sampling_params, request_id, **options)
-        else:
-            if call.with_logprobs and sampling_params.logprobs is None:
-                sampling_params.logprobs = 0
-            _tell_reasoning(call, prompt, sampling_params, options)
-            start = Start(generate, client.model_config.max_model_len, request_id, options)
-            steps = call.sampled(start, prompt, sampling_params)
-        try:
-            async with contextlib.aclosing(steps):
-                async for step in steps:
-                    yield step
-        except compat.engine_death() as error:
-            if call is not None:
-                call.died = str(error)
-            raise
+            return generate(prompt, sampling_params, request_id, **options)
+        if call.with_logprobs and sampling_params.logprobs is None:
+            sampling_params.logprobs = 0
+            call.unshown = sampling_params.prompt_logprobs is None
+        _tell_reasoning(call, prompt, sampling_params, options)
+        start = Start(generate, client.model_config.max_model_len, request_id, options)
+        return call.sampled(start, prompt, sampling_params)
 
     client.generate = tapped
+
+
+def _tap_logprobs(processor: Any) -> None:
+    """vLLM makes a text of each token that has a log-probability, which costs more than all else
+    that it does for it. Where the client hasn't asked for them, nobody reads it."""
+    add = processor.add_request
+
+    def tapped(request, *others, **options):
+        add(request, *others, **options)
+        call = current.get()
+        if call is not None and call.unshown:
+            processor.request_states[request.request_id].logprobs_processor.tokenizer = None
+
+    processor.add_request = tapped
 
 
 def _unseen(model_config: Any) -> str:

@@ -39,7 +39,7 @@ HISTOGRAMS = {
     "sync_seconds": "Syncs of weights, from the call until requests flowed, waking included.",
     "sleep_seconds": "Falling asleep, bringing running requests to rest included.",
     "wake_seconds": "Waking, without the sync that goes with it.",
-    "loop_lag_seconds": "How long the event loop took to answer, asked ten times a second.",
+    "loop_lag_seconds": "How late the event loop was with what was due, ten times a second.",
 }
 # A gauge is read from its owner, or set where there is none to ask.
 GAUGES = {
