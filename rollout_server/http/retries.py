@@ -13,7 +13,7 @@ from typing import Any
 _EACH = 16  # answers of a session
 _OVERHEAD = 1024  # bytes that one costs besides its body: its header, and what holds it
 _LARGE = 64 << 10  # bytes, from which a thread has the work
-_SMALL = 4 << 10  # bytes that are packed at once: many events
+_SMALL = 32 << 10  # bytes that are packed at once: fewer than a packer takes stay as they are
 # A small window: an answer under way costs 32 KiB. Events are much like those just before them.
 _WINDOW, _MEMORY = 12, 5
 
