@@ -18,6 +18,14 @@ from rollout_server.errors import DeadlineError
 from rollout_server.ranks import Ranks
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """Python's own for SIGINT; a server in an earlier test's loop can have left another one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
