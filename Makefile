@@ -30,7 +30,7 @@ demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
 test: setup ## the tests but those that take minutes each (those for a GPU are skipped without one)
 	python -m pytest -q -m "not long" tests
 
-test-long: setup ## the tests that take minutes each: several ranks, interrupts
+test-long: setup ## the tests that take minutes each: several ranks
 	python -m pytest -q -m long tests
 
 test-fast: setup ## the tests that take a few seconds at most

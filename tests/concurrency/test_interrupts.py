@@ -15,7 +15,7 @@ from jupyter_client.manager import start_new_kernel
 
 SCRIPT = Path(__file__).parents[1] / "trainers" / "interrupted.py"
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 class Terminal:
