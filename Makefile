@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test test-fast test-long soak bench docs lint format lock clean
+.PHONY: help setup demo test test-fast soak bench docs lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -27,11 +27,8 @@ demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
 	accelerate launch --config_file recipes/accelerate/cpu.yaml \
 		recipes/train.py --config recipes/training/demo.yaml $(if $(SEED),--seed $(SEED))
 
-test: setup ## the tests but those that take minutes each (those for a GPU are skipped without one)
-	python -m pytest -q -m "not long" tests
-
-test-long: setup ## the tests that take minutes each: several ranks
-	python -m pytest -q -m long tests
+test: setup ## all tests (those for a GPU are skipped without one)
+	python -m pytest -q tests
 
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests

@@ -48,7 +48,6 @@ KINDS = ("fsdp2", "ddp", "fsdp1", "zero3")
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
     """For each kind three optimizer steps on each rank's own data; `verify_weights` after each.
@@ -84,7 +83,6 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_what_ranks_with_one_engine_do_to_each_other(tiny_folder, tmp_path):
     process = start("group.py", tiny_folder, told=tmp_path)
@@ -110,7 +108,6 @@ def test_what_ranks_with_one_engine_do_to_each_other(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("together", [1, 2], ids=["an engine each", "one engine"])
 def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
@@ -134,7 +131,6 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tmp_path, port):
     # Not by torchrun, which ends the others itself.
