@@ -46,7 +46,7 @@ class Generation:
     ) -> list[Completion]:
         """See `RolloutServer.generate`; fields: of vLLM's `SamplingParams`; timeout: seconds."""
         ids = prompt_list(prompts, tokenizer)
-        fields = {"logprobs": 0} | dict(fields)
+        fields = dict(fields)
         sampling_params(fields)
         longest = max((len(p) for p in ids), default=0)
         room = self._engine.max_model_len

@@ -37,9 +37,9 @@ _TOLD = 8192  # answers
 _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 _OURS = frozenset(NAMES)
 # How an event tells that a choice ends, as vLLM's JSON and Python's have it.
+_ENDS = b'"finish_reason":"', b'"finish_reason": "'
 _BY_CHOICE = frozenset((CHAT, _COMPLETIONS))  # whose events tell the end so
 _UNREAD = 64  # events
-_ENDS = b'"finish_reason":"', b'"finish_reason": "'
 
 
 class Calls:
