@@ -16,6 +16,7 @@ from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
 
 _OTHER_FILES = 1024  # that this process has or may open besides connections
+_LINGER_SECONDS, _LINGER_BYTES = 5.0, 1 << 26  # what a client may go on sending to be told why not
 
 
 def connection_class(limits: Limits) -> type[HttpToolsProtocol]:
@@ -35,6 +36,8 @@ class _Connection(HttpToolsProtocol):
         self._reading: Timer | None = None  # while a header is incomplete
         self._writing: Timer | None = None  # while written bytes aren't taken
         self._header_bytes = 0
+        self._discarded: int | None = None  # bytes, once nothing more is read
+        self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -47,6 +50,7 @@ class _Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         _cancel(self._reading)
         _cancel(self._writing)
+        _cancel(self._lingering)
         super().connection_lost(exc)
 
     # -- reading ------------------------------------------------------------------------------
@@ -64,6 +68,11 @@ class _Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        if self._discarded is not None:
+            self._discarded += len(data)
+            if self._discarded > _LINGER_BYTES:
+                self.transport.abort()
+            return
         if self._reading is not None:
             self._header_bytes += len(data)
         super().data_received(data)
@@ -87,9 +96,22 @@ class _Connection(HttpToolsProtocol):
             return
         if self.cycle is None or self.cycle.response_complete:
             _answer(self.transport, status, message)
-            self.transport.close()
+            self._linger()
         else:  # an answer to an earlier request is under way
             self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        _answer(self.transport, "400 Bad Request", msg)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close when the client does: with what it sends left unread, a close is a reset to it, by
+        which it can lose the answer."""
+        _cancel(self._reading)
+        self._reading = None
+        self._discarded = 0
+        self.transport.write_eof()
+        self._lingering = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -120,7 +142,34 @@ class _Connection(HttpToolsProtocol):
 
 async def _header_too_large(scope, receive, send) -> None:
     message = "the request's header is too large; send fewer and shorter fields and a shorter URL"
+    send = lingering(receive, send)
     await send_error(send, 431, message, "invalid_request_error", {"connection": "close"})
+
+
+def lingering(receive, send):
+    """A `send` for an answer of one piece to a request whose body isn't read: what the client sends
+    of it is read and dropped for a while, as a close before would reset its connection."""
+
+    async def lingering_send(message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_SECONDS):
+                await _discard(receive)
+        await send({"type": "http.response.body"})
+
+    return lingering_send
+
+
+async def _discard(receive) -> None:
+    discarded = 0
+    while discarded <= _LINGER_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+        discarded += len(message.get("body", b""))
 
 
 def _answer(transport: asyncio.Transport, status: str, message: str, *fields: str) -> None:
@@ -130,7 +179,7 @@ def _answer(transport: asyncio.Transport, status: str, message: str, *fields: st
     transport.write("\r\n".join(lines).encode())
 
 
-def _cancel(timer: Timer | None) -> None:
+def _cancel(timer: Timer | asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -10,6 +10,7 @@ import asyncio
 from typing import Any
 
 from rollout_server.http.body import Gone, again, apart, parse, read_body, written
+from rollout_server.http.connections import lingering
 from rollout_server.http.errors import send_error
 from rollout_server.http.limits import Limits
 from rollout_server.http.refusals import refuse_content, refuse_headers
@@ -56,7 +57,7 @@ class Intake:
                 await send_error(send, 400, str(error), "invalid_request_error")
                 return
             except _Refused as refused:
-                await send_error(send, *refused.answer)
+                await send_error(lingering(receive, send), *refused.answer)
                 return
             except Gone:
                 return

@@ -645,6 +645,23 @@ def test_large_headers_are_refused(answering):
                 sock.sendall(b"y" * 65536)
 
 
+@pytest.mark.parametrize("head", ["x: ", "content-length: 9999999999\r\n\r\n"])
+def test_who_is_refused_while_sending_reads_why(answering, head):
+    """No reset comes in the place of the answer, or of its end."""
+    url = urlsplit(answering.base_url)
+    start = f"POST {COMPLETIONS} HTTP/1.1\r\nauthorization: Bearer {answering.api_key}\r\n{head}"
+    with socket.create_connection((url.hostname, url.port), timeout=20) as sock:
+        sock.sendall(start.encode() + b"y" * 70_000)
+        answer = sock.recv(65536)  # it is refused, and goes on sending
+        for _ in range(20):
+            sock.sendall(b"y" * 65536)
+        sock.shutdown(socket.SHUT_WR)
+        while part := sock.recv(65536):
+            answer += part
+    assert int(answer.split(b" ", 2)[1]) in (413, 431)
+    assert b"too large" in answer or b"send less" in answer
+
+
 def test_large_bodies_are_refused(answering):
     most = RolloutConfig().max_body_bytes
     answer = smuggled(answering, f"content-length: {most + 1}")  # before it is sent
