@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from rollout_server.concurrency.race import Preempted, run_until
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest
 
 DEPTH = 64  # of objects and arrays in each other
 _LARGE = 1 << 63  # what vLLM's messages have no room for

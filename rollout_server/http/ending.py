@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 
-from rollout_server.http.errors import send_error
+from rollout_server.http.responses import send_error
 
 _MESSAGE = "the session of this request has ended"
 _KIND = "authentication_error"  # as for one that comes later

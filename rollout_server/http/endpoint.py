@@ -6,16 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_server.config import RolloutConfig
-from rollout_server.http.app import layered, serving_app
-from rollout_server.http.limits import Limits
-from rollout_server.http.listener import Listener, listen
-from rollout_server.http.native import Generate
-from rollout_server.http.scrape import Scrape
-from rollout_server.http.seen import Seen
+from rollout_server.http.dialects.vllm_app import serving_app
+from rollout_server.http.middleware.stack import Engine, layered
+from rollout_server.http.server.limits import Limits
+from rollout_server.http.server.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.taps import tap
-from rollout_server.http.texts import Texts
-from rollout_server.http.tgi import TextGeneration
+from rollout_server.http.tokens.texts import Texts
+from rollout_server.http.tokens.vllm_hooks import tap
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.events import Journal
 from rollout_server.observability.loop_lag import LoopWatch
@@ -67,14 +64,13 @@ class Endpoint:
         # The trainer's tokenizer isn't thread-safe.
         texts = Texts(copy.deepcopy(tokenizer), client.model_config.max_model_len)
         tap(client, vllm.state, texts)
-        app = Generate(Scrape(vllm, self._journal.metrics), client, sampling, version, texts)
-        app = TextGeneration(app, client, texts, sampling)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
-            app, self._key, self.gate, version, self.sessions, names,
-            client.model_config.get_vocab_size(), sampling, limits, vllm,
+            vllm, self._key, self.gate, version, self.sessions, names,
+            client.model_config.get_vocab_size(), sampling, limits, self._journal,
+            Engine(client, texts),
         )  # fmt: skip
-        self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
+        self._listener = Listener(app, self._sock, limits)
         await self._listener.start()
         self._watch = LoopWatch(self._journal.metrics)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rollout_server.http.tokens import BadRequest, shown
+from rollout_server.http.responses import BadRequest, shown
 
 SAMPLES = 1024  # answers to one request: prompts times n
 TEXT = 1 << 20  # characters to tokenise, tokens to turn into text

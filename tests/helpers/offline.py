@@ -5,9 +5,9 @@ import asyncio
 import jinja2
 import templates
 
-from rollout_server.http.history import History
-from rollout_server.http.splice import Known, Splicer
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.history import History
+from rollout_server.http.tokens.splice import Known, Splicer
+from rollout_server.http.tokens.texts import Texts
 from rollout_server.trajectories.tree import TokenTree
 
 

@@ -10,11 +10,11 @@ import httpx
 import pytest
 from support import soon
 
-from rollout_server.http import taps
-from rollout_server.http.app import layered
-from rollout_server.http.calls import Generation, Sample, current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens import vllm_hooks as taps
+from rollout_server.http.tokens.calls import Generation, Sample, current
+from rollout_server.http.tokens.texts import Texts
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
@@ -262,7 +262,7 @@ async def test_tracebacks_of_requests_go_to_our_log(terminal, caplog, status):
         answer = await client(app).post("/v1/chat/completions", json={})
     assert answer.status_code == status
     assert terminal.getvalue() == "Something that the user should know.\n"
-    ours = [r for r in caplog.records if r.name.startswith("rollout_server")]
+    ours = [r for r in caplog.records if r.name.startswith("rollout_server.http")]
     assert [r.levelname for r in ours] == ["DEBUG", "ERROR" if status == 500 else "DEBUG"]
     assert all("extracting tool call" in r.message for r in ours)
     assert all("JSONDecodeError" in r.exc_text for r in ours)

@@ -14,10 +14,10 @@ import httpx
 import pytest
 from support import held, soon
 
-from rollout_server.http.admission import Admission
-from rollout_server.http.app import layered
-from rollout_server.http.limits import Limits
-from rollout_server.http.listener import Listener, listen
+from rollout_server.http.middleware.admission import Admission
+from rollout_server.http.middleware.stack import layered
+from rollout_server.http.server.limits import Limits
+from rollout_server.http.server.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
 from rollout_server.lifecycle.gate import Gate
 
@@ -108,7 +108,13 @@ class App:
 async def small():
     """A listener with small limits: .app, .gate, .url, .port, .hold."""
     limits = Limits(
-        body_bytes=10_000, connections=20, held=4, running=3, patience=0.5, header_bytes=4096
+        body_bytes=10_000,
+        bodies=4,
+        connections=20,
+        held=4,
+        running=3,
+        patience=0.5,
+        header_bytes=4096,
     )
     app, gate, sock = App(), Gate(hold_timeout=5), listen("127.0.0.1", 0)
     gate.open()
@@ -266,20 +272,23 @@ async def test_a_client_that_does_not_read_is_cut_and_its_generation_ended(small
 
 
 async def test_many_large_bodies_at_once_are_told_to_come_back(small):
-    """64 of the largest are there at a time, and no more."""
-    layer = small.listener._server.config.loaded_app._app._app
-    layer._bytes = 64 * 10_000
+    """So many of the largest are there at a time, and no more."""
+    url, largest = small.url + "/v1/completions", b"{}" + b" " * 9_998
+
+    async def post(content):
+        return await client.post(url, content=content, headers=HEADERS)
+
     async with httpx.AsyncClient() as client:
-        answer = await asking(small, client)
-        assert answer.status_code == 503 and "retry-after" in answer.headers
-        layer._bytes = 0
-        small.app.go.set()
-        answer = await client.post(
-            small.url + "/v1/completions", content=b" " * 10_001, headers=HEADERS
-        )
-        assert answer.status_code == 413
-        assert (await asking(small, client)).status_code == 200
-        assert layer._bytes == 0
+        for _ in range(2):  # what was there is given back
+            small.app.go.clear()
+            there = [asyncio.ensure_future(post(largest)) for _ in range(4)]
+            await soon(lambda: (small.app.running, queued(small)) == (3, 1))
+            answer = await post(b"{}")
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+            small.app.go.set()
+            assert [a.status_code for a in await asyncio.gather(*there)] == [200] * 4
+            assert (await post(largest + b" ")).status_code == 413
+            assert (await post(largest)).status_code == 200
 
 
 # -- the running server -----------------------------------------------------------------------

@@ -15,10 +15,10 @@ import pytest
 import pytest_asyncio
 
 from rollout_server.concurrency.garbage import leave_out, take_in
-from rollout_server.http.app import layered
 from rollout_server.http.body import LARGE, parse, written
-from rollout_server.http.calls import Generation, Sample, current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.tokens.calls import Generation, Sample, current
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.loop_lag import LoopWatch
 from rollout_server.observability.metrics import Metrics

@@ -7,9 +7,9 @@ import pytest
 import templates
 from offline import Server
 
-from rollout_server.http.calls import current
-from rollout_server.http.reasoning import Openings, of_answer, tap_parsers
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.calls import current
+from rollout_server.http.tokens.reasoning import Openings, of_answer, tap_parsers
+from rollout_server.http.tokens.texts import Texts
 
 ASKED = {"role": "user", "content": "Well </think> then?"}
 CALL = {"id": "call00000", "type": "function", "function": {"name": "lookup", "arguments": "{}"}}

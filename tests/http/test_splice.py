@@ -7,7 +7,7 @@ import pytest
 import templates
 from offline import Server
 
-from rollout_server.http.splice import Known
+from rollout_server.http.tokens.splice import Known
 
 CONVERSATIONS = 85  # for each template: 1,020 in all
 

@@ -8,10 +8,10 @@ import httpx
 import pytest
 from openai import BadRequestError
 
-from rollout_server.http.accepted import Accepted, Earlier
-from rollout_server.http.app import layered
-from rollout_server.http.calls import current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.tokens.calls import current
+from rollout_server.http.tokens.parsed_messages import Accepted, Earlier
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 

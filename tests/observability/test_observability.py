@@ -20,8 +20,8 @@ from support import MIB
 
 from rollout_server import attach
 from rollout_server.errors import RolloutServerError, StateError, WeightSyncError
+from rollout_server.http.middleware.access_log import Seen
 from rollout_server.http.routes import label
-from rollout_server.http.seen import Seen
 from rollout_server.lifecycle.gate import Gate, GateTimeout
 from rollout_server.observability import logs
 from rollout_server.observability.events import Journal
@@ -518,7 +518,7 @@ def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
             assert secret not in text
 
     # The next server in this process has its own.
-    from rollout_server.http.scrape import Scrape
+    from rollout_server.http.dialects.metrics import Scrape
 
     fresh = Metrics()
     fresh.count("sync_failures", 7)
@@ -554,7 +554,7 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
     code = """
         import asyncio, httpx
         from prometheus_client import Counter
-        from rollout_server.http.scrape import Scrape
+        from rollout_server.http.dialects.metrics import Scrape
         from rollout_server.observability.metrics import Metrics
 
         Counter("other", "Of another library.").inc(3)

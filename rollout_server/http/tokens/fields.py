@@ -4,16 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rollout_server.http.splice import Known, Message
+from rollout_server.http.responses import BadRequest, shown
+from rollout_server.http.tokens.splice import Known, Message
 
 PROMPT, SAMPLED, LOGPROBS = "prompt_token_ids", "generation_token_ids", "generation_log_probs"
 UNMASKED = "generation_log_probs_unmasked"
 PREFIX = "required_prefix_token_ids"
 _FIELDS = frozenset((PROMPT, SAMPLED, LOGPROBS, UNMASKED))  # of a message
-
-
-class BadRequest(ValueError):
-    """400; the message names the field, the value and the remedy."""
 
 
 def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
@@ -81,8 +78,3 @@ def with_tokens(message: Message, prompt_ids: Sequence[int], sample: Any) -> Mes
     if sample.unmasked is not None:
         tokens[UNMASKED] = sample.unmasked
     return message | tokens
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

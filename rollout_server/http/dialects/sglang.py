@@ -15,11 +15,11 @@ from typing import Any
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import EngineDeadError, SamplingError
 from rollout_server.http.body import Gone, unless_gone
-from rollout_server.http.errors import send_error, send_json
-from rollout_server.http.faults import is_request
-from rollout_server.http.intake import REQUEST
-from rollout_server.http.texts import Texts
-from rollout_server.http.tokens import BadRequest, require_ids, shown
+from rollout_server.http.responses import BadRequest, send_error, send_json, shown
+from rollout_server.http.scope import REQUEST
+from rollout_server.http.tokens.calls import is_request
+from rollout_server.http.tokens.fields import require_ids
+from rollout_server.http.tokens.texts import Texts
 
 GENERATE = "/generate"
 _LENGTH = 128

@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rollout_server.http.body import LARGE
-from rollout_server.http.intake import REQUEST, SIZE
 from rollout_server.http.routes import GENERATES
+from rollout_server.http.scope import REQUEST, SIZE
 
 # Of vLLM's app. The first adds a header, the last counts; the others leave a plain request alone.
 _MIDDLEWARE = frozenset(
@@ -50,6 +50,11 @@ class DirectEndpoints:
         self._count = _counter(vllm) if self._endpoints else None
         self._cors = _cors(vllm, None)
         self._fail = _failing(vllm)
+
+    @property
+    def paths(self) -> set[str]:
+        """Those of the endpoints that are called so."""
+        return set(self._endpoints)
 
     async def __call__(self, scope, receive, send):
         endpoint = self._endpoints.get(scope["path"])

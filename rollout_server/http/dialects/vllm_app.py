@@ -1,22 +1,12 @@
-"""vLLM's own app, behind our layers."""
+"""vLLM's own app, which speaks OpenAI's and Anthropic's dialects."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from rollout_server import vllm_compat as compat
-from rollout_server.http.calls import current
-from rollout_server.http.direct import DirectEndpoints
-from rollout_server.http.faults import Faults
-from rollout_server.http.intake import Handed, Intake
-from rollout_server.http.layers import Hold, Routes
-from rollout_server.http.limits import Limits
-from rollout_server.http.names import Names
-from rollout_server.http.record import Calls
-from rollout_server.http.sessions import Owner, Rewards, Sessions
-from rollout_server.http.turns import Turns
-from rollout_server.lifecycle.gate import Gate
+from rollout_server.http.tokens.calls import current
 
 
 async def serving_app(
@@ -41,23 +31,6 @@ async def serving_app(
     if sampling.get("max_tokens") is not None:
         _default_max_tokens(app.state, sampling["max_tokens"])
     return app
-
-
-def layered(
-    app: Any, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
-    names: list[str], vocabulary: int, sampling: Mapping[str, Any], limits: Limits | None = None,
-    vllm: Any = None,
-) -> Owner:  # fmt: skip
-    """What uvicorn serves: `app` behind all layers.
-
-    names: of the model; vocabulary: number of token ids that it has; sampling: defaults of the
-    fields that a request leaves out; vllm: vLLM's FastAPI app, where it is behind `app`.
-    """
-    limits = limits or Limits()
-    inner = Handed(app) if vllm is None else DirectEndpoints(Handed(app), vllm)
-    named = Names(Turns(Faults(inner)), names)
-    calls = Calls(named, gate, version, vocabulary, sampling, sessions.retries)
-    return Owner(Routes(Intake(Hold(Rewards(calls), gate, limits), limits)), key, sessions)
 
 
 def _arguments(

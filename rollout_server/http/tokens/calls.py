@@ -12,12 +12,16 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.engine.sampling import neutral, scoring_params, token_prompt
-from rollout_server.http.accepted import Earlier
-from rollout_server.http.options import Options
-from rollout_server.http.splice import Known, Message
+from rollout_server.http.tokens.options import Options
+from rollout_server.http.tokens.parsed_messages import Earlier
+from rollout_server.http.tokens.splice import Known, Message
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.tree import LOWEST_LOGPROB
 
+_WRONG_VALUE = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    AssertionError, NotImplementedError,
+)  # fmt: skip
 current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)
 
 
@@ -196,3 +200,10 @@ async def _all(steps: AsyncIterator[Any]) -> list[Any]:
 def _is_text(prompt: Any) -> bool:
     """Whether its token ids are all of it: no images."""
     return isinstance(prompt, Mapping) and prompt.get("type") == "token"
+
+
+def is_request(error: BaseException) -> bool:
+    """Whether an error is that of the request which is being answered."""
+    call = current.get()
+    sampled = call is not None and any(g.samples for g in call.generations)
+    return not sampled and isinstance(error, (*_WRONG_VALUE, *compat.request_errors()))

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 KIB = 1 << 10
-# Bodies that are held or read at one time, all together: this many of the largest.
-_BODIES = 64
 
 
 @dataclass(frozen=True)
 class Limits:
     """How much the server takes at a time, and for how long.
 
-    body_bytes: of one request; bodies_bytes: of all that are there at a time.
+    body_bytes: of one request; bodies: how many of the largest may be there at a time.
     connections: open at a time. held: requests that wait, for the gate or for their turn.
     running: requests that the engine has at a time.
     patience: seconds that a client may take to send a header, to send a body, and to take what was
@@ -21,6 +19,7 @@ class Limits:
     """
 
     body_bytes: int = 16 << 20
+    bodies: int = 64
     connections: int = 4096
     held: int = 4096
     running: int = 256
@@ -30,7 +29,7 @@ class Limits:
 
     @property
     def bodies_bytes(self) -> int:
-        return self.body_bytes * _BODIES
+        return self.body_bytes * self.bodies
 
     @classmethod
     def of(cls, config: Any, sequences: int) -> "Limits":

@@ -13,16 +13,11 @@ import logging
 from collections import deque
 from contextvars import ContextVar
 
-from rollout_server import vllm_compat as compat
 from rollout_server.errors import first_line
-from rollout_server.http.calls import current
-from rollout_server.http.errors import send_error
+from rollout_server.http.responses import send_error
+from rollout_server.http.tokens.calls import current, is_request
 
 log = logging.getLogger(__name__)
-_WRONG_VALUE = (
-    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    AssertionError, NotImplementedError,
-)  # fmt: skip
 # What vLLM logged of the request that is being answered; the last of it.
 _logged: ContextVar["deque[logging.LogRecord] | None"] = ContextVar("rollout_logged", default=None)
 _MOST = 8
@@ -118,13 +113,6 @@ def _not_of_a_request(record: logging.LogRecord) -> bool:
 
 def _tell(record: logging.LogRecord, level: int) -> None:
     log.log(level, "%s: %s", record.name, record.getMessage(), exc_info=record.exc_info)
-
-
-def is_request(error: BaseException) -> bool:
-    """Whether an error is that of the request which is being answered."""
-    call = current.get()
-    sampled = call is not None and any(g.samples for g in call.generations)
-    return not sampled and isinstance(error, (*_WRONG_VALUE, *compat.request_errors()))
 
 
 def _died() -> str | None:

@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from rollout_server.http.calls import current
-from rollout_server.http.splice import Message, Render
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.calls import current
+from rollout_server.http.tokens.splice import Message, Render
+from rollout_server.http.tokens.texts import Texts
 
 _MARK = f"message{secrets.token_hex(8)}"
 _KEPT = 64  # openings

@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.texts import Texts
 
 Message = dict[str, Any]
 # Renders messages as text, with or without the start of the next answer; None: can't be rendered.

@@ -4,12 +4,11 @@ vLLM reads and checks each message of a request, of a long conversation for long
 takes. It is handed the messages alone that it hasn't checked before (see accepted.py).
 """
 
-from rollout_server.http.accepted import Earlier
-from rollout_server.http.answers import CHAT
 from rollout_server.http.body import apart
-from rollout_server.http.calls import Call, current
-from rollout_server.http.intake import BODY, REQUEST, SIZE
-from rollout_server.http.sessions import SESSION
+from rollout_server.http.routes import CHAT
+from rollout_server.http.scope import BODY, REQUEST, SESSION, SIZE
+from rollout_server.http.tokens.calls import Call, current
+from rollout_server.http.tokens.parsed_messages import Earlier
 
 
 class Turns:

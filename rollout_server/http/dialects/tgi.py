@@ -15,13 +15,12 @@ from typing import Any
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import SamplingError
 from rollout_server.http.body import Gone, unless_gone
-from rollout_server.http.errors import send_json
-from rollout_server.http.faults import is_request
-from rollout_server.http.intake import REQUEST
 from rollout_server.http.refusals import TEXT
+from rollout_server.http.responses import BadRequest, send_json, shown
 from rollout_server.http.routes import TGI
-from rollout_server.http.texts import Texts
-from rollout_server.http.tokens import BadRequest, shown
+from rollout_server.http.scope import REQUEST
+from rollout_server.http.tokens.calls import is_request
+from rollout_server.http.tokens.texts import Texts
 
 _LENGTH = 100
 _NUMBER, _WHOLE, _FLAG = (int, float), (int,), (bool,)

@@ -3,10 +3,8 @@
 import json
 from typing import Any
 
-from rollout_server.http.splice import Message
-
-CHAT, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"
-CONVERSATIONS = frozenset({CHAT, RESPONSES, ANTHROPIC})  # routes whose prompts are messages
+from rollout_server.http.routes import ANTHROPIC, CHAT, RESPONSES
+from rollout_server.http.tokens.splice import Message
 
 
 def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_server.http.splice import Message
+from rollout_server.http.tokens.splice import Message
 from rollout_server.trajectories.leading import identical
 
 _CONVERSATIONS = 4  # that an agent may have at once

@@ -12,8 +12,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rollout_server.concurrency.patience import Timer, overslept
-from rollout_server.http.errors import send_error
-from rollout_server.http.limits import Limits
+from rollout_server.http.responses import send_error
+from rollout_server.http.server.limits import Limits
 
 _OTHER_FILES = 1024  # that this process has or may open besides connections
 _LINGER_SECONDS, _LINGER_BYTES = 5.0, 1 << 26  # what a client may go on sending to be told why not

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rollout_server import vllm_compat as compat
-from rollout_server.http.calls import Call, Start, current
-from rollout_server.http.reasoning import Openings, tap_parsers
-from rollout_server.http.splice import Message, Splicer
-from rollout_server.http.texts import Texts
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest
+from rollout_server.http.tokens.calls import Call, Start, current
+from rollout_server.http.tokens.reasoning import Openings, tap_parsers
+from rollout_server.http.tokens.splice import Message, Splicer
+from rollout_server.http.tokens.texts import Texts
 
 log = logging.getLogger("rollout_server")
 _NOT_TAKEN_APART = (

@@ -7,11 +7,9 @@ environment asks for the model that it knows.
 
 import re
 
-from rollout_server.http.answers import ANTHROPIC, CHAT, RESPONSES
-from rollout_server.http.errors import send_error
-from rollout_server.http.intake import BODY, REQUEST
-from rollout_server.http.routes import GEMINI, NAMELESS
-from rollout_server.http.sessions import SESSION, SURFACE
+from rollout_server.http.responses import send_error
+from rollout_server.http.routes import ANTHROPIC, CHAT, GEMINI, NAMELESS, RESPONSES
+from rollout_server.http.scope import BODY, REQUEST, SESSION, SURFACE
 
 # huggingface_hub's InferenceClient, TGI's own documentation, and OpenAI's Agents SDK, whose
 # default changes with its version.

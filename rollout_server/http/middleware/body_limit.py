@@ -10,15 +10,12 @@ import asyncio
 from typing import Any
 
 from rollout_server.http.body import Gone, again, apart, parse, read_body, written
-from rollout_server.http.connections import lingering
-from rollout_server.http.errors import send_error
-from rollout_server.http.limits import Limits
 from rollout_server.http.refusals import refuse_content, refuse_headers
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest, send_error
+from rollout_server.http.scope import BODY, REQUEST, SIZE
+from rollout_server.http.server.connections import lingering
+from rollout_server.http.server.limits import Limits
 
-# In the ASGI scope of a POST: the body, None where a layer has changed what is in it; that; and how
-# many bytes came.
-BODY, REQUEST, SIZE = "rollout_body", "rollout_request", "rollout_size"
 _CUT = {"connection": "close"}  # what else the client sends isn't read
 
 
@@ -52,7 +49,7 @@ class Intake:
         try:
             try:
                 refuse_headers(scope["headers"])
-                body, request = await self._take(scope, receive, grow)
+                body, request = await self._take(scope, receive, send, grow)
             except BadRequest as error:
                 await send_error(send, 400, str(error), "invalid_request_error")
                 return
@@ -66,7 +63,7 @@ class Intake:
         finally:
             self._bytes -= taken
 
-    async def _take(self, scope, receive, grow) -> tuple[bytes, Any]:
+    async def _take(self, scope, receive, send, grow) -> tuple[bytes, Any]:
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit():
             self._require_room(int(length))
@@ -76,7 +73,8 @@ class Intake:
                 body = await read_body(receive, grow)
         except TimeoutError:
             message = f"the body wasn't there after {patience:g} s; send it faster"
-            raise _Refused(408, message, "timeout_error", _CUT) from None
+            await send_error(send, 408, message, "timeout_error", _CUT)
+            raise Gone from None
         if not body:
             return body, {}
         return body, await apart(len(body), _request, scope["path"], body)

@@ -1,141 +1,30 @@
-"""The layer in front of vLLM's app in which requests become calls (see calls.py).
+"""What becomes of an answer on its way out: it is marked, and recorded when it is whole."""
 
-On the way in, what the request tells of earlier answers' tokens is checked; on the way out, the
-answer is marked: the header `x-policy-version` and the field `policy_version` (of the JSON body, or
-of each event of a stream) tell the newest version that may have sampled a token of it,
-`policy_versions`, per choice, which version sampled which tokens. Where log-probabilities or token
-ids were asked for, a chat answer's message carries its tokens. In a session the call is recorded.
-"""
-
-import contextlib
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from rollout_server.http import routes
-from rollout_server.http.answers import CHAT, CONVERSATIONS, Stream, message_of
-from rollout_server.http.body import apart
-from rollout_server.http.calls import Call, Sample, current
-from rollout_server.http.errors import send_error
-from rollout_server.http.history import History
-from rollout_server.http.intake import BODY, REQUEST, SIZE
-from rollout_server.http.options import NAMES, Options
-from rollout_server.http.retries import Copy, Retries
-from rollout_server.http.seen import note
-from rollout_server.http.sessions import SESSION, Live
-from rollout_server.http.splice import Known
-from rollout_server.http.tokens import BadRequest, carried, with_tokens
-from rollout_server.lifecycle.gate import Gate
+from rollout_server.http.dialects.messages import Stream, message_of
+from rollout_server.http.retries import Copy
+from rollout_server.http.routes import CHAT, COMPLETIONS
+from rollout_server.http.sessions import Live
+from rollout_server.http.tokens.calls import Call, Sample
+from rollout_server.http.tokens.fields import with_tokens
+from rollout_server.http.tokens.history import History
 
 VERSION_HEADER = b"x-policy-version"
-_COMPLETIONS = "/v1/completions"
-_TOLD = 8192  # answers
-_RENDERS = routes.GENERATES | {("POST", "/tokenize")}
-_OURS = frozenset(NAMES)
 # How an event tells that a choice ends, as vLLM's JSON and Python's have it.
 _ENDS = b'"finish_reason":"', b'"finish_reason": "'
-_BY_CHOICE = frozenset((CHAT, _COMPLETIONS))  # whose events tell the end so
+_BY_CHOICE = frozenset((CHAT, COMPLETIONS))  # whose events tell the end so
 _UNREAD = 64  # events
 
 
-class Calls:
-    """Only for requests that render or sample; others pass."""
-
-    def __init__(
-        self, app, gate: Gate, version: Callable[[], int], vocabulary: int,
-        sampling: Mapping[str, Any], retries: Retries,
-    ):  # fmt: skip
-        """version: the policy's; vocabulary: number of token ids; sampling: defaults of the
-        sampling fields; retries: where answers of sessions are remembered."""
-        self._app = app
-        self._gate = gate
-        self._version = version
-        self._temperature = sampling.get("temperature")
-        self._vocabulary = vocabulary
-        self._retries = retries
-        # What was answered outside of sessions: a client that sends tokens back is compared with.
-        self._told = History(limit=_TOLD)
-
-    async def __call__(self, scope, receive, send):
-        if (scope["method"], scope["path"]) not in _RENDERS:
-            await self._app(scope, receive, send)
-            return
-        live, given = scope.get(SESSION), scope[REQUEST]
-        request = given if isinstance(given, dict) else {}  # vLLM will tell its sender
-        try:
-            call = await apart(scope[SIZE], self._call, scope["path"], live, request)
-            note(scope).call = call
-        except BadRequest as error:
-            await send_error(send, 400, str(error), "invalid_request_error")
-            return
-        answer = _Answer(scope["path"], request, call, live, self._told, send, self._version)
-        if live is None:
-            await self._pass_on(scope, receive, answer, request)
-            return
-        name, session = await apart(scope[SIZE], _name, scope), live.session.id
-        if _may_repeat(scope) and (before := await self._retries.find(session, name)):
-            for message in before:
-                await send(message)
-            return
-        answer.copy = copy = self._retries.copy()
-        try:
-            await self._pass_on(scope, receive, answer, request)
-            if answer.good:
-                self._retries.keep(session, name, copy)
-        finally:
-            if not answer.good:
-                copy.drop()
-            if live.ending.happened:  # meanwhile
-                self._retries.forget(session)
-
-    async def _pass_on(self, scope, receive, answer: "_Answer", request: dict[str, Any]) -> None:
-        call = answer.call
-        finishes = call.options.on_sync == "finish"
-        token = current.set(call)
-        try:
-            with self._gate.finishing() if finishes else contextlib.nullcontext():
-                if not _OURS.isdisjoint(request):
-                    passed_on = {n: value for n, value in request.items() if n not in _OURS}
-                    scope = {**scope, BODY: None, REQUEST: passed_on}
-                await self._app(scope, receive, answer.send)
-        finally:
-            current.reset(token)
-
-    def _call(self, path: str, live: Live | None, request: dict[str, Any]) -> Call:
-        options = Options.of(path, request, live, self._temperature)
-        told = carried(request, self._vocabulary)
-        if live is not None and request.get("n") not in (None, 1):
-            raise BadRequest(
-                f"n={request['n']!r}: a session's conversation goes on from one answer; send n=1, "
-                "or several requests"
-            )
-
-        def known(messages, template) -> Known | None:
-            if live is not None and (found := live.history.find(template, messages)):
-                at, node = found
-                return Known(at, *live.session.tree.tokens(node))
-            if told is None:
-                return None
-            ours = self._told.find(template, messages)
-            tokens = _digest([*told.prompt_ids, *told.ids])
-            call.carried = ours is None or ours != (told.at, tokens)
-            return told
-
-        call = Call(
-            self._version, known, self._gate, options,
-            with_logprobs=live is not None or _asks(request),
-            own_length=request.get("max_tokens") is not None,
-            silent=path == _COMPLETIONS and request.get("max_tokens") == 0,
-            must_see=path in CONVERSATIONS and (live is not None or told is not None),
-        )  # fmt: skip
-        return call
-
-
-class _Answer:
+class Answer:
     """Passes the app's answer on, marked, and records it when it is whole: before the client has
     the end of it, which may be all that it waits for.
 
@@ -149,7 +38,7 @@ class _Answer:
     ):  # fmt: skip
         self._path, self.call, self._live, self._told_before = path, call, live, told
         self._send, self._version = send, version
-        self._with_tokens = _asks(request) and path == CHAT
+        self._with_tokens = asks(request) and path == CHAT
         n = request.get("n")
         self._each = n if type(n) is int and n > 0 else 1  # answers to a prompt
         self._start: dict | None = None
@@ -283,14 +172,14 @@ class _Answer:
     def _samples(self) -> list[Sample]:
         """What the answer's choices are, in their order."""
         generations = self.call.generations
-        if self._path != _COMPLETIONS:  # there each is of a prompt, here of a step to the answer
+        if self._path != COMPLETIONS:  # there each is of a prompt, here of a step to the answer
             generations = generations[-1:]
         return [g.samples[at] for g in generations for at in sorted(g.samples)]
 
     def _sample(self, choice: dict[str, Any]) -> Sample | None:
         """That of a choice, once it is whole."""
         number, generations = choice.get("index", 0), self.call.generations
-        prompt, at = divmod(number, self._each) if self._path == _COMPLETIONS else (-1, number)
+        prompt, at = divmod(number, self._each) if self._path == COMPLETIONS else (-1, number)
         if prompt >= len(generations) or not generations:
             return None
         sample = generations[prompt].samples.get(at)
@@ -341,12 +230,12 @@ class _Answer:
                     live.history.add(call.template, call.messages, answer, node)
         elif self._with_tokens and answer is not None and self._sampled():
             generation = call.generations[-1]
-            tokens = _digest([*generation.prompt_ids, *generation.samples[0].ids])
+            tokens = digest([*generation.prompt_ids, *generation.samples[0].ids])
             self._told_before.add(call.template, call.messages, answer, tokens)
         self._recorded = True
 
 
-def _asks(request: dict[str, Any]) -> bool:
+def asks(request: dict[str, Any]) -> bool:
     """Whether a request asks for what its answer's tokens are."""
     return any(map(request.get, ("logprobs", "return_token_ids", "unmasked_logprobs")))
 
@@ -379,17 +268,5 @@ def _tells_error(event: dict[str, Any]) -> bool:
     return bool(event.get("error")) or event.get("type") in ("error", "response.failed")
 
 
-def _digest(ids: list[int]) -> bytes:
+def digest(ids: list[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-
-
-def _name(scope) -> bytes:
-    """Of the call that a request is: an SDK's retry has the same."""
-    told = dict(scope["headers"]).get(b"idempotency-key")
-    said = scope["path"].encode() + b"\n" + scope[BODY]
-    return told or hashlib.blake2b(said, digest_size=16).digest()
-
-
-def _may_repeat(scope) -> bool:
-    headers = dict(scope["headers"])
-    return headers.get(b"x-stainless-retry-count", b"0") != b"0" or b"idempotency-key" in headers

@@ -12,7 +12,7 @@ import marshal
 from collections.abc import Sequence
 from typing import Any
 
-from rollout_server.http.splice import Message, text_of
+from rollout_server.http.tokens.splice import Message, text_of
 from rollout_server.trajectories.leading import shared
 
 _NONE = object()  # no request yet

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.config import ON_SYNC
-from rollout_server.http.answers import CHAT
-from rollout_server.http.sessions import Live
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest
+from rollout_server.http.routes import CHAT
+from rollout_server.trajectories.session import Session
 
 _ON_SYNC, _UNMASKED = "on_sync", "unmasked_logprobs"
 NAMES = (_ON_SYNC, _UNMASKED)
@@ -29,10 +29,9 @@ class Options:
 
     @classmethod
     def of(
-        cls, path: str, request: dict[str, Any], live: Live | None, temperature: float | None
+        cls, path: str, request: dict[str, Any], session: Session | None, temperature: float | None
     ) -> "Options":
         """request: the JSON body; temperature: the default. Raises `BadRequest`."""
-        session = None if live is None else live.session
         on_sync = request.get(_ON_SYNC)
         if on_sync is None:
             on_sync = cls.on_sync if session is None else session.on_sync

@@ -1,45 +1,78 @@
-"""ASGI layers between uvicorn and vLLM's app: which routes there are, and the gate.
+"""When a request goes on to the engine: while it is awake, and so many at a time, by turns.
 
-The others: whose request it is (sessions.py), its body (intake.py), what it samples (record.py).
+One session with a thousand requests waits beside another with one, not in front of it. All requests
+with the server's own key take turns as one session.
 """
 
+import asyncio
 import time
+from collections import OrderedDict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from rollout_server.errors import StateError
 from rollout_server.http import routes
-from rollout_server.http.admission import Admission
 from rollout_server.http.body import Gone, unless_gone
-from rollout_server.http.errors import send_error
-from rollout_server.http.limits import Limits
-from rollout_server.http.seen import note
-from rollout_server.http.sessions import SESSION
+from rollout_server.http.middleware.access_log import note
+from rollout_server.http.responses import send_error
+from rollout_server.http.scope import SESSION
+from rollout_server.http.server.limits import Limits
 from rollout_server.lifecycle.gate import Gate, GateTimeout
 
 _RETRY = 5  # seconds to suggest
 
 
-class Routes:
-    """404 for what isn't offered, 405 for a wrong method. Only HTTP passes."""
+class Admission:
+    """Used on the server's loop only. `running`: requests that are in; `queued`: that wait."""
 
-    def __init__(self, app):
-        self._app = app
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._queues: OrderedDict[Hashable, deque[asyncio.Future]] = OrderedDict()
+        self.running = 0
+        self.queued = 0
 
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
+    def enter_at_once(self) -> bool:
+        """Whether nobody needs to wait, and one request more is in; `leave` must follow then."""
+        if self.running < self._limit and not self._queues:
+            self.running += 1
+            return True
+        return False
+
+    async def enter(self, owner: Hashable) -> None:
+        """Return when it is the turn of one of `owner`'s requests; `leave` must follow."""
+        if self.enter_at_once():
             return
-        method, path = scope["method"], scope["path"]
-        if routes.known(method, path):
-            await self._app(scope, receive, send)
-        elif allowed := routes.methods(path):
-            message = f"{path} takes {' or '.join(allowed)}, not {method}"
-            await send_error(
-                send, 405, message, "method_not_allowed", {"allow": ", ".join(allowed)}
-            )
-        else:
-            await send_error(send, 404, f"there is no route {method} {path}", "not_found_error")
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(owner, deque()).append(turn)
+        self.queued += 1
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # let in at the same moment
+                self.leave()
+            else:
+                self._forget(owner, turn)
+            raise
+        finally:
+            self.queued -= 1
+
+    def leave(self) -> None:
+        self.running -= 1
+        while self.running < self._limit and self._queues:
+            owner, queue = self._queues.popitem(last=False)
+            turn = queue.popleft()
+            if queue:
+                self._queues[owner] = queue  # behind the others
+            if not turn.done():
+                self.running += 1
+                turn.set_result(None)
+
+    def _forget(self, owner: Hashable, turn: asyncio.Future) -> None:
+        queue = self._queues.get(owner)
+        if queue is not None and turn in queue:
+            queue.remove(turn)
+            if not queue:
+                del self._queues[owner]
 
 
 class Hold:

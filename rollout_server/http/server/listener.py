@@ -8,8 +8,8 @@ from typing import Any
 import uvicorn
 
 from rollout_server.errors import ConfigError, PortInUseError
-from rollout_server.http.connections import allow_files, connection_class
-from rollout_server.http.limits import Limits
+from rollout_server.http.server.connections import allow_files, connection_class
+from rollout_server.http.server.limits import Limits
 
 
 def listen(host: str, port: int) -> socket.socket:

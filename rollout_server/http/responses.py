@@ -4,6 +4,10 @@ import json
 from typing import Any
 
 
+class BadRequest(ValueError):
+    """400; the message names the field, the value and the remedy."""
+
+
 async def send_error(
     send, status: int, message: str, kind: str, headers: dict | None = None,
     param: str | None = None,
@@ -26,3 +30,9 @@ async def send_json(send, answer: Any, status: int = 200, headers: dict | None =
         }
     )
     await send({"type": "http.response.body", "body": body})
+
+
+def shown(value: Any) -> str:
+    """A value as a message names it, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
