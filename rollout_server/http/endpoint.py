@@ -12,7 +12,7 @@ from rollout_server.http.server.limits import Limits
 from rollout_server.http.server.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
 from rollout_server.http.tokens.texts import Texts
-from rollout_server.http.tokens.vllm_hooks import tap
+from rollout_server.http.tokens.vllm_hooks import install_hooks
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.events import Journal
 from rollout_server.observability.loop_lag import LoopWatch
@@ -63,7 +63,7 @@ class Endpoint:
         vllm = await serving_app(client, names, sampling, tool_parser, parser)
         # The trainer's tokenizer isn't thread-safe.
         texts = Texts(copy.deepcopy(tokenizer), client.model_config.max_model_len)
-        tap(client, vllm.state, texts)
+        install_hooks(client, vllm.state, texts)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
             vllm, self._key, self.gate, version, self.sessions, names,

@@ -1,12 +1,15 @@
 """Sessions that are open, each with what its conversations have taught."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollout_server.http.ending import Ending
 from rollout_server.http.retries import Retries
 from rollout_server.http.tokens.history import History
-from rollout_server.http.tokens.parsed_messages import Accepted
+from rollout_server.http.tokens.parsed_messages import ParsedMessageCache
+from rollout_server.http.tokens.splice import Known, Message
 from rollout_server.observability.events import Journal
 from rollout_server.trajectories.session import Session
 
@@ -19,8 +22,13 @@ class Live:
 
     session: Session
     history: History = field(default_factory=History)
-    accepted: Accepted = field(default_factory=Accepted)
+    accepted: ParsedMessageCache = field(default_factory=ParsedMessageCache)
     ending: Ending = field(default_factory=Ending)
+
+    def known(self, messages: Sequence[Message], template: Any) -> Known | None:
+        """The tokens of the latest answer in `messages` that was given to those before it."""
+        found = self.history.find(template, messages)
+        return None if found is None else Known(found[0], *self.session.tree.tokens(found[1]))
 
     @property
     def bytes(self) -> int:

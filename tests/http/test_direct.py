@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm_fields import vllms_app
 
 from rollout_server.http.body import LARGE
-from rollout_server.http.middleware.body_limit import Handed
+from rollout_server.http.middleware.body_limit import ReplayBody
 from rollout_server.http.middleware.direct import DirectEndpoints
 from rollout_server.http.scope import BODY, REQUEST, SIZE
 
@@ -126,7 +126,7 @@ def ways():
     """FastAPI's way alone, and the direct one in front of it, each with its registry."""
     registries = CollectorRegistry(), CollectorRegistry()
     apps = [vllm(registry) for registry in registries]
-    yield (Handed(apps[0]), DirectEndpoints(Handed(apps[1]), apps[1])), apps, registries
+    yield (ReplayBody(apps[0]), DirectEndpoints(ReplayBody(apps[1]), apps[1])), apps, registries
 
 
 ASKED = {"messages": [{"role": "user", "text": "Hi"}]}
@@ -196,7 +196,7 @@ async def test_an_app_with_middleware_that_is_not_known_is_left_alone():
         answer.headers["x-other"] = "1"
         return answer
 
-    answer = await post(DirectEndpoints(Handed(app), app), ASKED)
+    answer = await post(DirectEndpoints(ReplayBody(app), app), ASKED)
     assert answer.headers["x-other"] == "1"
     assert app.state.calls == [True]
 

@@ -12,7 +12,7 @@ from support import soon
 
 from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.tokens import vllm_hooks as taps
+from rollout_server.http.tokens import vllm_hooks
 from rollout_server.http.tokens.calls import Generation, Sample, current
 from rollout_server.http.tokens.texts import Texts
 from rollout_server.lifecycle.gate import Gate
@@ -321,7 +321,7 @@ async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
 ):
     engine, sessions = Engine(), Sessions()
     state = SimpleNamespace(openai_serving_chat=None, _state={})
-    taps.tap(engine, state, Texts(tokenizer))
+    vllm_hooks.install_hooks(engine, state, Texts(tokenizer))
     session = Session("http://server/v1", (None, None), sessions.remove, {})
     sessions.add(session)
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from support import held, soon
 
-from rollout_server.http.middleware.admission import Admission
+from rollout_server.http.middleware.admission import AdmissionQueue
 from rollout_server.http.middleware.stack import layered
 from rollout_server.http.server.limits import Limits
 from rollout_server.http.server.listener import Listener, listen
@@ -30,7 +30,7 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 
 async def test_sessions_take_turns():
     """A thousand requests of one session aren't all in front of another's single one."""
-    admission, order = Admission(2), []
+    admission, order = AdmissionQueue(2), []
 
     async def ask(owner, number):
         await admission.enter(owner)
@@ -50,7 +50,7 @@ async def test_sessions_take_turns():
 
 
 async def test_a_turn_is_not_lost_with_who_leaves():
-    admission = Admission(1)
+    admission = AdmissionQueue(1)
     await admission.enter("a")
     waiting = [asyncio.ensure_future(admission.enter(owner)) for owner in "bcd"]
     await asyncio.sleep(0)

@@ -12,8 +12,7 @@ import pytest
 from rollout_server.http.middleware.stack import layered
 from rollout_server.http.server.limits import Limits
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.tokens.calls import Call, Generation, Sample, current
-from rollout_server.http.tokens.options import Options
+from rollout_server.http.tokens.calls import Call, Generation, GenerationRequest, Sample, current
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
@@ -270,10 +269,11 @@ async def test_a_token_that_nobody_sees_is_not_recorded():
         yield step
 
     for silent, ids in ((False, [5]), (True, [])):
-        call = Call(lambda: 7, None, gate, Options(), silent=silent)
+        call = Call(lambda: 7, gate, silent=silent)
         output_kind = type("Kind", (), {"name": "FINAL_ONLY"})
         params = type("Params", (), {"structured_outputs": None, "output_kind": output_kind})
-        assert [s async for s in call.sampled(steps, {}, params)] == [step]
+        start = GenerationRequest(steps, None, "a", {})
+        assert [s async for s in call.generate(start, {}, params)] == [step]
         sample = call.generations[0].samples[0]
         assert (sample.ids, sample.finish_reason) == (ids, "length")
 

@@ -20,7 +20,7 @@ from support import MIB
 
 from rollout_server import attach
 from rollout_server.errors import RolloutServerError, StateError, WeightSyncError
-from rollout_server.http.middleware.access_log import Seen
+from rollout_server.http.middleware.access_log import AccessLogMiddleware
 from rollout_server.http.routes import label
 from rollout_server.lifecycle.gate import Gate, GateTimeout
 from rollout_server.observability import logs
@@ -152,7 +152,7 @@ async def test_how_a_request_ended_is_counted(fails, answers, status):
     sent, journal = [], Journal()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     try:
-        await Seen(app, journal, lambda: 0)(scope, None, send)
+        await AccessLogMiddleware(app, journal, lambda: 0)(scope, None, send)
     except RuntimeError:
         assert fails
     name = f'http_requests_total{{route="/v1/completions",status="{status}"}}'
@@ -518,12 +518,14 @@ def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
             assert secret not in text
 
     # The next server in this process has its own.
-    from rollout_server.http.dialects.metrics import Scrape
+    from rollout_server.http.dialects.metrics import MetricsMiddleware
 
     fresh = Metrics()
     fresh.count("sync_failures", 7)
     for metrics, failures in ((fresh, 7.0), (Metrics(), 0.0)):
-        page = httpx.Client(transport=_Page(Scrape(None, metrics))).get("http://server/metrics")
+        page = httpx.Client(transport=_Page(MetricsMiddleware(None, metrics))).get(
+            "http://server/metrics"
+        )
         own = [f for f in prometheus(page.text) if f.name.startswith(PREFIX)]
         (counted,) = [f for f in own if f.name == PREFIX + "sync_failures"]
         assert [s.value for s in counted.samples] == [failures]

@@ -9,7 +9,7 @@ from rollout_server.observability.metrics import Metrics
 _PATH = "/metrics"
 
 
-class Scrape:
+class MetricsMiddleware:
     """Answers `/metrics`; other requests pass. Formats and compression are prometheus_client's."""
 
     def __init__(self, app, metrics: Metrics):

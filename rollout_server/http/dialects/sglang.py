@@ -52,7 +52,7 @@ _FIELDS = frozenset(
 )  # fmt: skip
 
 
-class Generate:
+class SGLangGenerate:
     """Answers `/generate`; other requests pass."""
 
     def __init__(

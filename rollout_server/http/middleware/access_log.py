@@ -34,7 +34,7 @@ def note(scope: dict) -> Note:
     return scope.get(_NOTE) or Note()
 
 
-class Seen:
+class AccessLogMiddleware:
     """Answers get an `x-request-id`, by which the log calls the request."""
 
     def __init__(self, app, journal: Journal, version: Callable[[], int]):

@@ -22,7 +22,7 @@ from rollout_server.lifecycle.gate import Gate, GateTimeout
 _RETRY = 5  # seconds to suggest
 
 
-class Admission:
+class AdmissionQueue:
     """Used on the server's loop only. `running`: requests that are in; `queued`: that wait."""
 
     def __init__(self, limit: int):
@@ -75,7 +75,7 @@ class Admission:
                 del self._queues[owner]
 
 
-class Hold:
+class AdmissionMiddleware:
     """Lets requests that generate wait, at the gate and then for their turn; 503 with Retry-After
     past their time, or where too many wait.
 
@@ -86,7 +86,7 @@ class Hold:
         self._app = app
         self._gate = gate
         self._most = limits.held
-        self.admission = Admission(limits.running)
+        self.admission = AdmissionQueue(limits.running)
         gate.metrics.read("queued_requests", lambda: self.admission.queued)
         gate.metrics.read("running_requests", lambda: self.admission.running)
         self.waiting = 0

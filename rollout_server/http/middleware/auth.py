@@ -13,7 +13,7 @@ from rollout_server.http.sessions import Live, Sessions
 _URL = re.compile(r"/sessions/([^/]+)(/.*)?")
 
 
-class Owner:
+class AuthMiddleware:
     """401 unless the request has a key, or a URL, that is the server's or an open session's; 403
     where a session's doesn't open the route.
 

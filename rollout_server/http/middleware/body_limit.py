@@ -25,7 +25,7 @@ class _Refused(Exception):
         self.answer = status, message, kind, headers
 
 
-class Intake:
+class BodyLimitMiddleware:
     """413 for a body past the limit, 408 for one that takes too long, 400 for what isn't JSON or
     asks for what isn't given, 503 where all bodies together are too many."""
 
@@ -95,7 +95,7 @@ def _request(path: str, body: bytes) -> Any:
     return request
 
 
-class Handed:
+class ReplayBody:
     """The innermost: the app reads the body from its `receive`, as any."""
 
     def __init__(self, app):

@@ -29,7 +29,7 @@ _OF_REQUESTS = tuple(
 )
 
 
-class Faults:
+class ErrorMiddleware:
     """Around vLLM's app. An error doesn't pass it: the connection would be closed."""
 
     def __init__(self, app):

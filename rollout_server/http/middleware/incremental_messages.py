@@ -1,17 +1,17 @@
 """The layer in which a turn of a session's conversation is cut to what is new in it.
 
 vLLM reads and checks each message of a request, of a long conversation for longer than all else
-takes. It is handed the messages alone that it hasn't checked before (see accepted.py).
+takes. It is handed the messages alone that it hasn't checked before (see tokens/parsed_messages.py).
 """
 
 from rollout_server.http.body import apart
 from rollout_server.http.routes import CHAT
 from rollout_server.http.scope import BODY, REQUEST, SESSION, SIZE
 from rollout_server.http.tokens.calls import Call, current
-from rollout_server.http.tokens.parsed_messages import Earlier
+from rollout_server.http.tokens.parsed_messages import CachedPrefix
 
 
-class Turns:
+class IncrementalMessagesMiddleware:
     """For chat completions of sessions; others pass."""
 
     def __init__(self, app):
@@ -23,7 +23,7 @@ class Turns:
             await self._app(scope, receive, send)
             return
         call, messages = current.get(), request.get("messages")
-        call.earlier = await apart(scope[SIZE], live.accepted.find, messages)
+        call.going_on_from(await apart(scope[SIZE], live.accepted.find, messages))
         if not call.earlier.messages or not await self._answered(scope, receive, send, call):
             await self._app(scope, receive, send)
         await apart(scope[SIZE], live.accepted.add, messages, call.messages, call.earlier)
@@ -44,5 +44,5 @@ class Turns:
 
         await self._app({**scope, BODY: None, REQUEST: cut}, receive, unless_refused)
         if refused:
-            call.earlier = Earlier()
+            call.going_on_from(CachedPrefix())
         return not refused

@@ -1,8 +1,6 @@
 """What becomes of an answer on its way out: it is marked, and recorded when it is whole."""
 
-import hashlib
 import json
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ from rollout_server.http.dialects.messages import Stream, message_of
 from rollout_server.http.retries import Copy
 from rollout_server.http.routes import CHAT, COMPLETIONS
 from rollout_server.http.sessions import Live
-from rollout_server.http.tokens.calls import Call, Sample
+from rollout_server.http.tokens.calls import Call, Sample, digest
 from rollout_server.http.tokens.fields import with_tokens
 from rollout_server.http.tokens.history import History
 
@@ -24,7 +22,7 @@ _BY_CHOICE = frozenset((CHAT, COMPLETIONS))  # whose events tell the end so
 _UNREAD = 64  # events
 
 
-class Answer:
+class MarkedAnswer:
     """Passes the app's answer on, marked, and records it when it is whole: before the client has
     the end of it, which may be all that it waits for.
 
@@ -33,10 +31,10 @@ class Answer:
     """
 
     def __init__(
-        self, path: str, request: dict[str, Any], call: Call, live: Live | None, told: History,
+        self, path: str, request: dict[str, Any], call: Call, live: Live | None, answered: History,
         send: Callable, version: Callable[[], int],
     ):  # fmt: skip
-        self._path, self.call, self._live, self._told_before = path, call, live, told
+        self._path, self.call, self._live, self._answered = path, call, live, answered
         self._send, self._version = send, version
         self._with_tokens = asks(request) and path == CHAT
         n = request.get("n")
@@ -231,7 +229,7 @@ class Answer:
         elif self._with_tokens and answer is not None and self._sampled():
             generation = call.generations[-1]
             tokens = digest([*generation.prompt_ids, *generation.samples[0].ids])
-            self._told_before.add(call.template, call.messages, answer, tokens)
+            self._answered.add(call.template, call.messages, answer, tokens)
         self._recorded = True
 
 
@@ -266,7 +264,3 @@ def _finished(event: dict[str, Any]) -> list[dict[str, Any]]:
 def _tells_error(event: dict[str, Any]) -> bool:
     """Whether an event says that there won't be a whole answer; each dialect has its own way."""
     return bool(event.get("error")) or event.get("type") in ("error", "response.failed")
-
-
-def digest(ids: list[int]) -> bytes:
-    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()

@@ -23,7 +23,7 @@ _UNASKED = {
 _GEMINI = re.compile(r"(models/)?gemini-[\w.-]+")
 
 
-class Names:
+class ModelNameMiddleware:
     """404, with the list of names, for a model that isn't served."""
 
     def __init__(self, app, names: list[str]):

@@ -15,25 +15,24 @@ from typing import Any
 from rollout_server.http import routes
 from rollout_server.http.body import apart
 from rollout_server.http.middleware.access_log import note
-from rollout_server.http.middleware.marking import Answer, asks, digest
+from rollout_server.http.middleware.marking import MarkedAnswer, asks
 from rollout_server.http.responses import BadRequest, send_error
 from rollout_server.http.retries import Retries
 from rollout_server.http.routes import COMPLETIONS, CONVERSATIONS
 from rollout_server.http.scope import BODY, REQUEST, SESSION, SIZE
 from rollout_server.http.sessions import Live
 from rollout_server.http.tokens.calls import Call, current
-from rollout_server.http.tokens.fields import carried
+from rollout_server.http.tokens.fields import parse_client_tokens
 from rollout_server.http.tokens.history import History
 from rollout_server.http.tokens.options import NAMES, Options
-from rollout_server.http.tokens.splice import Known
 from rollout_server.lifecycle.gate import Gate
 
-_TOLD = 8192  # answers
+_ANSWERS = 8192  # that are remembered outside of sessions
 _RENDERS = routes.GENERATES | {("POST", "/tokenize")}
 _OURS = frozenset(NAMES)
 
 
-class Calls:
+class RecordingMiddleware:
     """Only for requests that render or sample; others pass."""
 
     def __init__(
@@ -49,7 +48,7 @@ class Calls:
         self._vocabulary = vocabulary
         self._retries = retries
         # What was answered outside of sessions: a client that sends tokens back is compared with.
-        self._told = History(limit=_TOLD)
+        self._answered = History(limit=_ANSWERS)
 
     async def __call__(self, scope, receive, send):
         if (scope["method"], scope["path"]) not in _RENDERS:
@@ -63,7 +62,9 @@ class Calls:
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        answer = Answer(scope["path"], request, call, live, self._told, send, self._version)
+        answer = MarkedAnswer(
+            scope["path"], request, call, live, self._answered, send, self._version
+        )
         if live is None:
             await self._pass_on(scope, receive, answer, request)
             return
@@ -83,7 +84,9 @@ class Calls:
             if live.ending.happened:  # meanwhile
                 self._retries.forget(session)
 
-    async def _pass_on(self, scope, receive, answer: "Answer", request: dict[str, Any]) -> None:
+    async def _pass_on(
+        self, scope, receive, answer: "MarkedAnswer", request: dict[str, Any]
+    ) -> None:
         call = answer.call
         finishes = call.options.on_sync == "finish"
         token = current.set(call)
@@ -99,32 +102,19 @@ class Calls:
     def _call(self, path: str, live: Live | None, request: dict[str, Any]) -> Call:
         session = None if live is None else live.session
         options = Options.of(path, request, session, self._temperature)
-        told = carried(request, self._vocabulary)
-        if live is not None and request.get("n") not in (None, 1):
+        told = parse_client_tokens(request, self._vocabulary)
+        if session is not None and request.get("n") not in (None, 1):
             raise BadRequest(
                 f"n={request['n']!r}: a session's conversation goes on from one answer; send n=1, "
                 "or several requests"
             )
-
-        def known(messages, template) -> Known | None:
-            if live is not None and (found := live.history.find(template, messages)):
-                at, node = found
-                return Known(at, *live.session.tree.tokens(node))
-            if told is None:
-                return None
-            ours = self._told.find(template, messages)
-            tokens = digest([*told.prompt_ids, *told.ids])
-            call.carried = ours is None or ours != (told.at, tokens)
-            return told
-
-        call = Call(
-            self._version, known, self._gate, options,
-            with_logprobs=live is not None or asks(request),
+        return Call(
+            self._version, self._gate, options, live, told, self._answered,
+            with_logprobs=session is not None or asks(request),
             own_length=request.get("max_tokens") is not None,
             silent=path == COMPLETIONS and request.get("max_tokens") == 0,
-            must_see=path in CONVERSATIONS and (live is not None or told is not None),
+            must_see=path in CONVERSATIONS and (session is not None or told is not None),
         )  # fmt: skip
-        return call
 
 
 def _name(scope) -> bytes:

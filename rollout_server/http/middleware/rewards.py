@@ -6,7 +6,7 @@ from rollout_server.http.routes import REWARD
 from rollout_server.http.scope import REQUEST, SESSION
 
 
-class Rewards:
+class RewardMiddleware:
     """`POST /v1/reward` with {"reward": number, "components": {name: number}}, for a session."""
 
     def __init__(self, app):

@@ -4,7 +4,7 @@ from rollout_server.http import routes
 from rollout_server.http.responses import send_error
 
 
-class Routes:
+class RoutingMiddleware:
     """404 for what isn't offered, 405 for a wrong method. Only HTTP passes."""
 
     def __init__(self, app):

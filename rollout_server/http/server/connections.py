@@ -1,6 +1,6 @@
 """One connection: uvicorn's, with an end to the patience for clients that send or read slowly.
 
-Bodies aren't counted here: see intake.py, which knows whose they are.
+Bodies aren't counted here: see middleware/body_limit.py, which knows whose they are.
 """
 
 import asyncio

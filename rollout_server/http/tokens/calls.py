@@ -1,19 +1,23 @@
 """One request of a client: what it knows of earlier answers, and what the engine saw and sampled.
 
-Which request a call of vLLM's methods belongs to (see taps.py) is told by a context variable.
+Which request a call of vLLM's methods belongs to (see vllm_hooks.py) is told by a context variable.
 """
 
 import contextlib
+import hashlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from array import array
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rollout_server import vllm_compat as compat
 from rollout_server.engine.sampling import neutral, scoring_params, token_prompt
+from rollout_server.http.responses import BadRequest
+from rollout_server.http.tokens.history import History
 from rollout_server.http.tokens.options import Options
-from rollout_server.http.tokens.parsed_messages import Earlier
+from rollout_server.http.tokens.parsed_messages import CachedPrefix
 from rollout_server.http.tokens.splice import Known, Message
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.tree import LOWEST_LOGPROB
@@ -53,72 +57,144 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Start:
+class GenerationRequest:
     """Starts what one request generates; `name` is added to its id.
 
-    generate: vLLM's; length: its longest sequence in tokens; options: of the request, besides
-    prompt and parameters.
+    generate: vLLM's; model: vLLM's config of it; options: of the request, besides prompt and
+    parameters.
     """
 
-    generate: Callable[..., AsyncIterator[Any]]
-    length: int
+    generate: Callable[..., AsyncGenerator[Any]]
+    model: Any
     request_id: str
-    options: Mapping[str, Any]
+    options: dict[str, Any]
 
-    def __call__(self, prompt: Any, params: Any, name: str = "") -> AsyncIterator[Any]:
+    def __call__(self, prompt: Any, params: Any, name: str = "") -> AsyncGenerator[Any]:
         return self.generate(prompt, params, self.request_id + name, **self.options)
 
-    def scoring(self, ids: list[int]) -> AsyncIterator[Any] | None:
+    def scoring(self, ids: list[int]) -> AsyncGenerator[Any] | None:
         """Has each of `ids` scored by the model alone. None if they fill the context: vLLM wants
         room for a token to sample."""
-        if len(ids) >= self.length:
+        if len(ids) >= self.model.max_model_len:
             return None
         adapter = {n: v for n, v in self.options.items() if n == "lora_request"}
         name = f"{self.request_id}-scoring"
         return self.generate(token_prompt(ids), scoring_params(), name, **adapter)
 
+    def unseen(self) -> str:
+        """Why a conversation that vLLM renders in another way can't be token-exact."""
+        kind = getattr(self.model.hf_config, "model_type", "this model")
+        return (
+            f"vLLM renders conversations of {kind} in a way of its own, in which tokens of earlier "
+            "answers have no place: sessions, and token ids in messages, can't be exact. Use "
+            "/v1/completions or /generate with token ids, or this route with neither"
+        )
+
+
+class Conversation(Protocol):
+    """What is remembered of a session's answers."""
+
+    def known(self, messages: Sequence[Message], template: Any) -> Known | None:
+        """The tokens of the latest answer in `messages` that was given to those before it."""
+
 
 @dataclass
 class Call:
-    """What is known of a request on its way to the engine and back.
+    """A request from its first token to its last: what it goes on from, what the engine was given
+    for it and what it sampled. Whoever takes it a step further calls the step's method, in order:
 
-    known: finds the tokens of an earlier answer, given the messages as the template gets them and
-    what else it gets; carried: whether they came from the client, which may have edited them.
-    must_see: whether its prompt is a conversation that must be rendered where taps.py sees it;
-    seen: whether it was.
-    earlier: the first messages, as vLLM left them in an earlier request, which it isn't handed
-    again; rendered: the messages that it is rendering.
-    opening: token ids with which the template opens the answer, where a parser looks for reasoning
-    in them; parser: that parser, vLLM's.
+    - `going_on_from`: messages of an earlier request that vLLM isn't handed again;
+    - `whole`: all messages, where vLLM was handed the others alone;
+    - `rendering`: the messages as the template gets them; gives the tokens to go on from;
+    - `generate`: the engine's outputs, which are kept on their way.
+
+    conversation: the session's, None without one; told: tokens that the client sent along;
+    answered: what was answered outside of sessions, with which those are compared.
+    with_logprobs: a log-probability is kept of each token, whether or not the client asked for it.
     own_length: it says how many tokens to sample at most.
     silent: what is sampled is shown to nobody, so it is none: vLLM samples a token where it was
     asked for the prompt alone.
-    unshown: log-probabilities are recorded, and not in the answer.
-    died: why the engine that had it won't answer.
+    must_see: its prompt is a conversation, which must be rendered where vllm_hooks.py sees it.
+
+    earlier: those messages, as vLLM left them; messages, template: what was rendered, of the whole
+    request, and with what besides (a key); edited: the tokens to go on from came from the client,
+    which may have edited the messages; opening: token ids with which the template opens the answer,
+    where a parser looks for reasoning in them; parser: that parser, vLLM's.
+    generations: what the engine was given and sampled; unshown: log-probabilities are recorded, and
+    not in the answer; died: why the engine that had it won't answer.
     """
 
     version: Callable[[], int]
-    known: Callable[[Sequence[Message], Any], Known | None]
     gate: Gate
-    options: Options
-    carried: bool = False
+    options: Options = field(default_factory=Options)
+    conversation: Conversation | None = None
+    told: Known | None = None
+    answered: History | None = None
     with_logprobs: bool = False
-    must_see: bool = False
-    seen: bool = False
-    silent: bool = False
     own_length: bool = True
-    earlier: Earlier = field(default_factory=Earlier)
-    rendered: Sequence[Message] = ()
-    opening: list[int] | None = None
-    parser: Any = None
+    silent: bool = False
+    must_see: bool = False
+
+    earlier: CachedPrefix = field(default_factory=CachedPrefix)
     messages: list[Message] = field(default_factory=list)
     template: Any = None
+    edited: bool = False
+    opening: list[int] | None = None
+    parser: Any = None
     generations: list[Generation] = field(default_factory=list)
     unshown: bool = False
     died: str | None = None
+    _seen: bool = False
 
-    async def sampled(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
-        """Pass the engine's outputs for `prompt` on, and keep what they hold."""
+    # -- its prompt ---------------------------------------------------------------------------
+
+    def going_on_from(self, earlier: CachedPrefix) -> None:
+        self.earlier = earlier
+
+    def whole(self, messages: Sequence[Message]) -> list[Message]:
+        """All messages of the request, of which vLLM has `messages`."""
+        return [*self.earlier.messages, *messages]
+
+    def rendering(self, messages: list[Message], template: bytes) -> Known | None:
+        """The tokens that the prompt goes on from, if they are known.
+
+        messages: all, as the template gets them; template: names what else it gets.
+        """
+        self._seen, self.messages, self.template = True, messages, template
+        if self.conversation is not None:
+            known = self.conversation.known(messages, template)
+            if known is not None:
+                return known
+        told = self.told
+        if told is not None and self.answered is not None:
+            ours = self.answered.find(template, messages)
+            self.edited = ours != (told.at, digest([*told.prompt_ids, *told.ids]))
+        return told
+
+    # -- its answer ---------------------------------------------------------------------------
+
+    def generate(self, start: GenerationRequest, prompt: Any, params: Any) -> AsyncGenerator[Any]:
+        """The engine's outputs for `prompt`, kept on their way. Raises `BadRequest` before there is
+        any, for then an answer hasn't begun, which an error couldn't take back."""
+        if self.must_see and not self._seen:
+            raise BadRequest(start.unseen())
+        if self.with_logprobs and params.logprobs is None:
+            params.logprobs = 0
+            self.unshown = params.prompt_logprobs is None
+        if self.parser is not None and params.structured_outputs is not None:
+            self._tell_reasoning(start, prompt)
+        return self._sampled(start, prompt, params)
+
+    def _tell_reasoning(self, start: GenerationRequest, prompt: Any) -> None:
+        """Whether a grammar holds from the first token on. Where vLLM doesn't say, the engine would
+        look for it in the whole prompt."""
+        if self.opening is not None and start.options.get("reasoning_ended") is None:
+            ended = self.parser.is_reasoning_end(prompt["prompt_token_ids"])
+            start.options["reasoning_ended"] = ended
+
+    async def _sampled(
+        self, start: GenerationRequest, prompt: Any, params: Any
+    ) -> AsyncGenerator[Any]:
         generation = Generation(masked=params.structured_outputs is not None)
         self.generations.append(generation)
         whole = params.output_kind.name != "DELTA"
@@ -143,18 +219,20 @@ class Call:
             self.died = str(error)
             raise
 
-    async def _restarted(self, start: Start, prompt: Any, params: Any) -> AsyncIterator[Any]:
+    async def _restarted(
+        self, start: GenerationRequest, prompt: Any, params: Any
+    ) -> AsyncGenerator[Any]:
         """The steps of the first attempt during which the weights don't change, at its end."""
         for attempt in itertools.count():
             name = f"-attempt{attempt}" if attempt else ""
             steps = start(dict(prompt), params.clone(), name)  # vLLM may change what it is given
-            if (steps := await self.gate.unless_renewed(_all(steps))) is not None:
+            if (attempted := await self.gate.unless_renewed(_all(steps))) is not None:
                 break
-        for step in steps:
+        for step in attempted:
             yield step
 
     async def _unmask(
-        self, start: Start, prompt_ids: list[int], sample: Sample, params: Any
+        self, start: GenerationRequest, prompt_ids: list[int], sample: Sample, params: Any
     ) -> None:
         """Find the model's own log-probabilities, unless another version sampled the tokens."""
         version = self.version()
@@ -193,8 +271,13 @@ class Call:
             versions.append((version, start, len(sample.ids)))
 
 
-async def _all(steps: AsyncIterator[Any]) -> list[Any]:
+async def _all(steps: AsyncGenerator[Any]) -> list[Any]:
     return [step async for step in steps]
+
+
+def digest(ids: Sequence[int]) -> bytes:
+    """Of token ids, for comparing."""
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
 def _is_text(prompt: Any) -> bool:

@@ -13,7 +13,7 @@ PREFIX = "required_prefix_token_ids"
 _FIELDS = frozenset((PROMPT, SAMPLED, LOGPROBS, UNMASKED))  # of a message
 
 
-def carried(request: dict[str, Any], vocabulary: int) -> Known | None:
+def parse_client_tokens(request: dict[str, Any], vocabulary: int) -> Known | None:
     """What a request tells of its latest answer's tokens; None if nothing.
 
     request: the JSON body; vocabulary: number of token ids there are. Raises `BadRequest`.

@@ -1,8 +1,9 @@
 """Messages that vLLM has read before, so that a turn costs what is new in it.
 
 An agent sends its whole conversation each turn. Where a request begins with all messages of an
-earlier one, vLLM is handed the others alone (see turns.py), and those are put back as it left them
-then (see taps.py) when the others are checked. What it makes of a message doesn't depend on others.
+earlier one, vLLM is handed the others alone (see middleware/incremental_messages.py), and those
+are put back as it left them then (see vllm_hooks.py) when the others are checked. What it makes of
+a message doesn't depend on others.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ _CONVERSATIONS = 4  # that an agent may have at once
 
 
 @dataclass
-class Earlier:
+class CachedPrefix:
     """Messages of an earlier request, as vLLM left them.
 
     parsed: what it makes of the first of them for a template, by format.
@@ -47,16 +48,16 @@ class Earlier:
 class _Request:
     last: bytes
     hashed: Any  # all messages, by hashlib's
-    left: Earlier
+    left: CachedPrefix
 
 
-class Accepted:
+class ParsedMessageCache:
     """Of one session: its last requests, by hashes of the messages as they came."""
 
     def __init__(self):
         self._requests: list[_Request] = []
 
-    def find(self, messages: Any) -> Earlier:
+    def find(self, messages: Any) -> CachedPrefix:
         """What is known of the first of `messages`: all that an earlier request had, or nothing.
         The last is never among them; `messages` may be anything."""
         for request in reversed(self._requests):
@@ -68,16 +69,16 @@ class Accepted:
                 and _hashed(messages[:size]).digest() == request.hashed.digest()
             ):
                 return request.left
-        return Earlier()
+        return CachedPrefix()
 
-    def add(self, messages: list[Any], left: list[Message], earlier: Earlier) -> None:
+    def add(self, messages: list[Any], left: list[Message], earlier: CachedPrefix) -> None:
         """Keep what vLLM left of a request's messages, which go on from `earlier`; nothing where
         it made more or less of them than there were."""
         if not left or len(messages) != len(left):
             return
         before = next((r.hashed for r in self._requests if r.left is earlier), None)
         hashed = _hashed(messages[0 if before is None else len(earlier.messages) :], before)
-        kept = Earlier(left, {name: list(parsed) for name, parsed in earlier.parsed.items()})
+        kept = CachedPrefix(left, {name: list(parsed) for name, parsed in earlier.parsed.items()})
         # What the new one begins with isn't asked for again, but by a branch.
         others = [r for r in self._requests if not _begins(left, r.left.messages)]
         request = _Request(_written(messages[-1]), hashed, kept)

@@ -78,7 +78,7 @@ def of_answer(prompt_ids: Sequence[int]) -> list[int]:
     return list(prompt_ids[len(prompt_ids) - same :])
 
 
-def tap_parsers(state: Any) -> bool:
+def hook_parsers(state: Any) -> bool:
     """Have vLLM's parsers look at the `current` answer's part of a prompt alone; whether there are
     any that look for reasoning.
 

@@ -94,7 +94,7 @@ class Splicer:
             return int(new[0] in self._special)
         return 0
 
-    async def goes_on(
+    async def is_continuation(
         self, messages: Sequence[Message], known: Known, render: Render, template: Any
     ) -> bool:
         """Whether the messages up to `known.at` are what the known tokens say.
