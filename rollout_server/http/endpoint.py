@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_server.config import RolloutConfig
+from rollout_server.errors import StateError
 from rollout_server.http.dialects.vllm_app import serving_app
 from rollout_server.http.middleware.stack import Engine, layered
 from rollout_server.http.server.limits import Limits
@@ -34,7 +35,10 @@ class Endpoint:
         read = journal.metrics.read
         read("gate_held_requests", lambda: self.gate.held)
         read("sessions_open", lambda: len(self.sessions))
-        read("http_connections", lambda: self._listener.connections)
+        read("http_connections", self._connections)
+
+    def _connections(self) -> int:
+        return 0 if self._listener is None else self._listener.connections
 
     @property
     def is_open(self) -> bool:
@@ -59,6 +63,8 @@ class Endpoint:
         names: of the model; sampling: defaults of the fields that a request leaves out;
         tool_parser: see `engine.arguments.tool_parser`; version: the policy's.
         """
+        if self._sock is None:
+            raise StateError("the endpoint has no port yet; call open() first")
         parser = self._config.reasoning_parser
         vllm = await serving_app(client, names, sampling, tool_parser, parser)
         # The trainer's tokenizer isn't thread-safe.

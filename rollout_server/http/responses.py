@@ -3,21 +3,25 @@
 import json
 from typing import Any
 
+from starlette.types import Send
+
 
 class BadRequest(ValueError):
     """400; the message names the field, the value and the remedy."""
 
 
 async def send_error(
-    send, status: int, message: str, kind: str, headers: dict | None = None,
+    send: Send, status: int, message: str, kind: str, headers: dict[str, str] | None = None,
     param: str | None = None,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Send a whole ASGI answer `{"error": {...}}`."""
     error = {"message": message, "type": kind, "param": param, "code": status}
     await send_json(send, {"error": error}, status, headers)
 
 
-async def send_json(send, answer: Any, status: int = 200, headers: dict | None = None):
+async def send_json(
+    send: Send, answer: Any, status: int = 200, headers: dict[str, str] | None = None
+) -> None:
     """Send a whole ASGI answer."""
     body = json.dumps(answer).encode()
     pairs = {"content-type": "application/json", "content-length": str(len(body))}

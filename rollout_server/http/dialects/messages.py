@@ -13,7 +13,8 @@ def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | 
     choice: number of the choice, where a route has several.
     """
     if path == CHAT:
-        return answer["choices"][choice]["message"]
+        message: Message = answer["choices"][choice]["message"]
+        return message
     if path == RESPONSES:
         return _of_response(answer)
     if path == ANTHROPIC:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server import vllm_compat as compat
 from rollout_server.observability.metrics import Metrics
 
@@ -12,7 +14,7 @@ _PATH = "/metrics"
 class MetricsMiddleware:
     """Answers `/metrics`; other requests pass. Formats and compression are prometheus_client's."""
 
-    def __init__(self, app, metrics: Metrics):
+    def __init__(self, app: ASGIApp, metrics: Metrics):
         from prometheus_client import CollectorRegistry, make_asgi_app
 
         self._app = app
@@ -22,7 +24,7 @@ class MetricsMiddleware:
         registry.register(_Collector(metrics))
         self._page = make_asgi_app(registry)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._page if scope["type"] == "http" and scope["path"] == _PATH else self._app
         await app(scope, receive, send)
 

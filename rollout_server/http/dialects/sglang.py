@@ -12,6 +12,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import EngineDeadError, SamplingError
 from rollout_server.http.body import Gone, unless_gone
@@ -32,10 +34,14 @@ _NAMES = {
     "custom_params": None,
     "stream_interval": None,
 }
+# What is sampled for one prompt: its token ids, vLLM's parameters, an id, the whole request.
+_Work = tuple[list[int], Any, str, dict[str, Any]]
+_Types = tuple[type, ...] | list[type]  # a list: one, or a list of them
 _NUMBERS, _WHOLE, _FLAGS = (int, float), (int,), (bool,)
-_WORDS, _IDS = [str], [int]  # one, or a list of them
+_WORDS: _Types = [str]
+_IDS: _Types = [int]
 # vLLM's fields that a request may give, and of which types: wrong ones would reach the engine.
-_SAMPLING = {
+_SAMPLING: dict[str, _Types] = {
     "temperature": _NUMBERS, "top_p": _NUMBERS, "min_p": _NUMBERS, "top_k": _WHOLE,
     "frequency_penalty": _NUMBERS, "presence_penalty": _NUMBERS, "repetition_penalty": _NUMBERS,
     "max_tokens": _WHOLE, "min_tokens": _WHOLE, "seed": _WHOLE, "n": _WHOLE,
@@ -56,7 +62,7 @@ class SGLangGenerate:
     """Answers `/generate`; other requests pass."""
 
     def __init__(
-        self, app, client: Any, sampling: Mapping[str, Any], version: Callable[[], int],
+        self, app: ASGIApp, client: Any, sampling: Mapping[str, Any], version: Callable[[], int],
         texts: Texts,
     ):  # fmt: skip
         """client: vLLM's; sampling: defaults of the sampling fields; version: the policy's; texts:
@@ -67,7 +73,7 @@ class SGLangGenerate:
         self._version = version
         self._texts = texts
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["method"], scope["path"]) != ("POST", GENERATE):
             await self._app(scope, receive, send)
             return
@@ -81,8 +87,8 @@ class SGLangGenerate:
         with contextlib.suppress(Gone):  # its generations are freed
             await unless_gone(receive, answer(work, single, send))
 
-    async def _requests(self, request: Any) -> tuple[bool, list[tuple[list[int], Any, str, dict]]]:
-        """Whether one answer is wanted, and (prompt, params, id, request) of each."""
+    async def _requests(self, request: Any) -> tuple[bool, list[_Work]]:
+        """Whether one answer is wanted, and what is to be done for each."""
         if not isinstance(request, dict):
             raise BadRequest("the body isn't a JSON object; give input_ids or text")
         for name, value in request.items():
@@ -97,7 +103,8 @@ class SGLangGenerate:
             raise BadRequest("input_ids and text: give one of them")
         if given is None:
             single = not isinstance(texts, list)
-            prompts = [await self._tokens(text) for text in ([texts] if single else texts)]
+            several = texts if isinstance(texts, list) else [texts]
+            prompts = [await self._tokens(text) for text in several]
         else:
             single = not (isinstance(given, list) and given and isinstance(given[0], list))
             prompts = [given] if single else given
@@ -122,7 +129,7 @@ class SGLangGenerate:
                 "tokens, the model's maximum context length"
             )
         await asyncio.sleep(0)  # there may be many texts
-        return await self._texts.encode(text, special=True)
+        return await self._texts.encode(_text(text), special=True)
 
     def _prompt(self, prompt: Any, at: int) -> list[int]:
         name = f"input_ids[{at}]"
@@ -134,7 +141,8 @@ class SGLangGenerate:
             raise BadRequest(
                 f"{name} has {len(prompt)} tokens; the model's maximum context length is {longest}"
             )
-        return prompt
+        ids: list[int] = prompt
+        return ids
 
     def _params(self, fields: Any, prompt: list[int], request: dict[str, Any]) -> Any:
         if not isinstance(fields, dict):
@@ -156,7 +164,7 @@ class SGLangGenerate:
             chosen["logprobs"] = top
         return sampling_params(chosen)
 
-    async def _whole(self, work: list, single: bool, send) -> None:
+    async def _whole(self, work: list[_Work], single: bool, send: Send) -> None:
         try:
             answers = await asyncio.gather(*(self._last(*one) for one in work))
         except Exception as error:
@@ -173,7 +181,7 @@ class SGLangGenerate:
             raise EngineDeadError("the engine gave no answer")
         return answers[-1]
 
-    async def _stream(self, work: list, single: bool, send) -> None:
+    async def _stream(self, work: list[_Work], single: bool, send: Send) -> None:
         kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         turn = asyncio.Lock()
@@ -241,7 +249,7 @@ def _finish(output: Any, ids: list[int], params: Any) -> dict[str, Any] | None:
     return {"type": "abort", "message": "Aborted"}
 
 
-def _require_type(name: str, value: Any, types: tuple | list | None) -> None:
+def _require_type(name: str, value: Any, types: _Types | None) -> None:
     if types is None:
         known = ", ".join(sorted(_SAMPLING))
         raise BadRequest(f"{name} isn't known here; known are {known}")

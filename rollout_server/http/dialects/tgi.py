@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.errors import SamplingError
 from rollout_server.http.body import Gone, unless_gone
@@ -65,7 +67,7 @@ class _Asked:
 class TextGeneration:
     """Answers the routes of `routes.TGI`; other requests pass."""
 
-    def __init__(self, app, client: Any, texts: Texts, sampling: Mapping[str, Any]):
+    def __init__(self, app: ASGIApp, client: Any, texts: Texts, sampling: Mapping[str, Any]):
         """client: vLLM's; texts: of the policy's tokenizer; sampling: defaults of the sampling
         fields."""
         self._app = app
@@ -74,7 +76,7 @@ class TextGeneration:
         self._special = set(texts.tokenizer.all_special_ids)
         self._sampling = dict(sampling)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, request = scope["path"], scope.get(REQUEST)
         told = isinstance(request, dict) and "inputs" in request
         if scope["method"] != "POST" or path not in TGI or (path == "/generate" and not told):
@@ -142,7 +144,7 @@ class TextGeneration:
         set_outputs(params, "delta" if streams else "final")
         return params
 
-    async def _whole(self, asked: _Asked, path: str, send) -> None:
+    async def _whole(self, asked: _Asked, path: str, send: Send) -> None:
         tokens, tops, text, details = [], [], "", None
         try:
             async for event in self._events(asked):
@@ -166,7 +168,7 @@ class TextGeneration:
         # Where TGI has no other name for a route, it answers as HF's pipelines do.
         await send_json(send, answer if path == "/generate" else [answer])
 
-    async def _stream(self, asked: _Asked, send) -> None:
+    async def _stream(self, asked: _Asked, send: Send) -> None:
         kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         try:
@@ -253,11 +255,11 @@ def _status(error: Exception) -> tuple[int, str, str]:
     return 503, f"{type(error).__name__}: {error}", "generation"
 
 
-async def _refuse(send, status: int, message: str, kind: str) -> None:
+async def _refuse(send: Send, status: int, message: str, kind: str) -> None:
     """An error in TGI's form, which its client reads."""
     await send_json(send, {"error": message, "error_type": kind}, status)
 
 
-async def _tell(send, event: dict[str, Any]) -> None:
+async def _tell(send: Send, event: dict[str, Any]) -> None:
     body = f"data: {json.dumps(event)}\n\n".encode()
     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -68,7 +68,7 @@ def _default_length(completion: Any, max_tokens: int) -> None:
     that a request gives none."""
     render = completion.render_completion_request
 
-    async def tapped(request, *others, **options):
+    async def hooked(request: Any, *others: Any, **options: Any) -> Any:
         call = current.get()
         if call is None or call.own_length:
             return await render(request, *others, **options)
@@ -78,4 +78,4 @@ def _default_length(completion: Any, max_tokens: int) -> None:
         request.max_tokens = max_tokens
         return rendered
 
-    completion.render_completion_request = tapped
+    completion.render_completion_request = hooked

@@ -4,9 +4,11 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.http import routes
 from rollout_server.observability.events import Journal
@@ -29,15 +31,16 @@ class Note:
     started: float = field(default_factory=time.perf_counter)
 
 
-def note(scope: dict) -> Note:
+def note(scope: Scope) -> Note:
     """A request's; one that nobody reads where the request came past `Seen`."""
-    return scope.get(_NOTE) or Note()
+    noted: Note | None = scope.get(_NOTE)
+    return noted or Note()
 
 
 class AccessLogMiddleware:
     """Answers get an `x-request-id`, by which the log calls the request."""
 
-    def __init__(self, app, journal: Journal, version: Callable[[], int]):
+    def __init__(self, app: ASGIApp, journal: Journal, version: Callable[[], int]):
         """version: the policy's."""
         self._app = app
         self._journal = journal
@@ -45,13 +48,14 @@ class AccessLogMiddleware:
         self._prefix = f"req-{secrets.token_hex(3)}-"
         self._numbers = itertools.count(1)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         noted, name = Note(), f"{self._prefix}{next(self._numbers)}"
 
-        def told(message):  # no coroutine of its own: there are many messages
+        # No coroutine of its own: there are many messages.
+        def told(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 noted.status = message["status"]
                 headers = [*message.get("headers", ()), (b"x-request-id", name.encode())]

@@ -7,8 +7,10 @@ with the server's own key take turns as one session.
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Awaitable, Hashable
 from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.errors import StateError
 from rollout_server.http import routes
@@ -27,7 +29,7 @@ class AdmissionQueue:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self._queues: OrderedDict[Hashable, deque[asyncio.Future]] = OrderedDict()
+        self._queues: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
         self.running = 0
         self.queued = 0
 
@@ -67,7 +69,7 @@ class AdmissionQueue:
                 self.running += 1
                 turn.set_result(None)
 
-    def _forget(self, owner: Hashable, turn: asyncio.Future) -> None:
+    def _forget(self, owner: Hashable, turn: asyncio.Future[None]) -> None:
         queue = self._queues.get(owner)
         if queue is not None and turn in queue:
             queue.remove(turn)
@@ -82,7 +84,7 @@ class AdmissionMiddleware:
     waiting: how many do; a client that goes away waits no longer.
     """
 
-    def __init__(self, app, gate: Gate, limits: Limits):
+    def __init__(self, app: ASGIApp, gate: Gate, limits: Limits):
         self._app = app
         self._gate = gate
         self._most = limits.held
@@ -91,7 +93,7 @@ class AdmissionMiddleware:
         gate.metrics.read("running_requests", lambda: self.admission.running)
         self.waiting = 0
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["method"], scope["path"]) not in routes.GENERATES:
             await self._app(scope, receive, send)
             return
@@ -141,11 +143,12 @@ class AdmissionMiddleware:
             self.waiting -= 1
 
 
-def _telling_why(send, gate: Gate):
+def _telling_why(send: Send, gate: Gate) -> Send:
     """A `send` that puts the reason in the place of a 500 that comes of a gate shut for good."""
     instead = False
 
-    def tell(message):  # no coroutine of its own: there are many messages
+    # No coroutine of its own: there are many messages.
+    def tell(message: Message) -> Awaitable[None]:
         nonlocal instead
         if message["type"] == "http.response.start" and message["status"] == 500 and gate.why_shut:
             instead = True
@@ -168,6 +171,6 @@ class _Full(Exception):
     """As many requests wait as may."""
 
 
-async def _send_unavailable(send, message: str, retry_after: int | None = None) -> None:
+async def _send_unavailable(send: Send, message: str, retry_after: int | None = None) -> None:
     retry = None if retry_after is None else {"retry-after": str(retry_after)}
     await send_error(send, 503, message, "service_unavailable", retry)

@@ -2,6 +2,9 @@
 
 import hmac
 import re
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout_server.http import routes
 from rollout_server.http.middleware.access_log import note
@@ -20,12 +23,12 @@ class AuthMiddleware:
     Takes the session's part off the path, and puts the session into the scope.
     """
 
-    def __init__(self, app, key: str, sessions: Sessions):
+    def __init__(self, app: ASGIApp, key: str, sessions: Sessions):
         self._app = app
         self._key = key.encode()
         self._sessions = sessions
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -77,16 +80,16 @@ def _opens(method: str, path: str) -> bool:
     return routes.of_session(method, path) or not routes.known(method, path)
 
 
-def _rewrite(scope, path: str) -> None:
+def _rewrite(scope: Scope, path: str) -> None:
     scope["path"], scope["raw_path"] = path, path.encode()
 
 
-async def _refuse(send, message: str) -> None:
+async def _refuse(send: Send, message: str) -> None:
     challenge = {"www-authenticate": "Bearer"}
     await send_error(send, 401, message, "authentication_error", challenge)
 
 
-def _given(headers) -> bytes:
+def _given(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """The key of a request; none where it has two that a reader could choose from."""
     keys = [v for k, v in headers if k == b"authorization"]
     scheme, _, token = keys[0].partition(b" ") if len(keys) == 1 else (b"", b"", b"")

@@ -7,7 +7,10 @@ that a request that is held has a body of known size, and its client's going awa
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout_server.http.body import Gone, again, apart, parse, read_body, written
 from rollout_server.http.refusals import refuse_content, refuse_headers
@@ -29,12 +32,12 @@ class BodyLimitMiddleware:
     """413 for a body past the limit, 408 for one that takes too long, 400 for what isn't JSON or
     asks for what isn't given, 503 where all bodies together are too many."""
 
-    def __init__(self, app, limits: Limits):
+    def __init__(self, app: ASGIApp, limits: Limits):
         self._app = app
         self._limits = limits
         self._bytes = 0  # of all bodies that are there
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -63,7 +66,9 @@ class BodyLimitMiddleware:
         finally:
             self._bytes -= taken
 
-    async def _take(self, scope, receive, send, grow) -> tuple[bytes, Any]:
+    async def _take(
+        self, scope: Scope, receive: Receive, send: Send, grow: Callable[[int], None]
+    ) -> tuple[bytes, Any]:
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit():
             self._require_room(int(length))
@@ -98,10 +103,10 @@ def _request(path: str, body: bytes) -> Any:
 class ReplayBody:
     """The innermost: the app reads the body from its `receive`, as any."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self._app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if BODY in scope:
             body = scope[BODY]
             if body is None:

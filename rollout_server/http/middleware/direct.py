@@ -11,7 +11,7 @@ import inspect
 import marshal
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -21,6 +21,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.http.body import LARGE
 from rollout_server.http.routes import GENERATES
@@ -35,13 +36,14 @@ _MIDDLEWARE = frozenset(
 )  # fmt: skip
 _COUNTING = "PrometheusInstrumentatorMiddleware"
 _DEPENDENCIES = frozenset(("validate_json_request",))  # it looks at the content type
+Endpoint = Callable[[Any, Request], Awaitable[Response | None]]
 _FAILED = "rollout_failed"  # in the ASGI scope of what failed: a `_Failed`
 
 
 class DirectEndpoints:
     """Has plain requests answered by vLLM's endpoints; others pass to `app`."""
 
-    def __init__(self, app, vllm: Any):
+    def __init__(self, app: ASGIApp, vllm: Any):
         """vllm: its FastAPI app, which is behind `app`."""
         self._app = app
         self._vllm = vllm
@@ -56,7 +58,7 @@ class DirectEndpoints:
         """Those of the endpoints that are called so."""
         return set(self._endpoints)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get(scope["path"])
         if endpoint is not None and _is_plain(scope):
             call, model = endpoint
@@ -70,7 +72,9 @@ class DirectEndpoints:
                 return
         await self._app(scope, receive, send)
 
-    async def _answer(self, call: Callable, given: BaseModel, scope, receive, send) -> None:
+    async def _answer(
+        self, call: Endpoint, given: BaseModel, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         started, begun = time.perf_counter(), None
         scope = {"state": {}, **scope, "app": self._vllm}
         request, response = Request(scope, receive, send), None
@@ -86,7 +90,10 @@ class DirectEndpoints:
                 begun = time.perf_counter()
                 if self._cors is not None:
                     # Its headers, at once: in the way of each event there is nothing then.
-                    start = {"type": "http.response.start", "headers": response.raw_headers}
+                    start: Message = {
+                        "type": "http.response.start",
+                        "headers": response.raw_headers,
+                    }
                     await self._cors.send(start, _nowhere, request.headers)
                     response.raw_headers = start["headers"]
                 await response(scope, receive, send)
@@ -107,16 +114,16 @@ async def _nowhere(message: Any) -> None:
     pass
 
 
-def _is_plain(scope) -> bool:
+def _is_plain(scope: Scope) -> bool:
     if scope["method"] != "POST" or scope[SIZE] >= LARGE:
         return False
     kinds = [value for name, value in scope["headers"] if name == b"content-type"]
     return len(kinds) == 1 and kinds[0].partition(b";")[0].lower() == b"application/json"
 
 
-def _endpoints(vllm: Any) -> dict[str, tuple[Callable, type[BaseModel]]]:
+def _endpoints(vllm: Any) -> dict[str, tuple[Endpoint, type[BaseModel]]]:
     """(endpoint, request model) by path, of routes that need nothing but them."""
-    found = {}
+    found: dict[str, tuple[Endpoint, type[BaseModel]]] = {}
     for route in vllm.routes:
         if not isinstance(route, APIRoute) or ("POST", route.path) not in GENERATES:
             continue
@@ -125,7 +132,7 @@ def _endpoints(vllm: Any) -> dict[str, tuple[Callable, type[BaseModel]]]:
         except NameError:  # of a type that is there for type checkers alone
             continue
         names = list(inspect.signature(route.endpoint).parameters)
-        dependencies = {d.dependency.__name__ for d in route.dependencies}
+        dependencies = {getattr(d.dependency, "__name__", "?") for d in route.dependencies}
         if (
             len(names) == 2
             and route.methods == {"POST"}
@@ -145,14 +152,14 @@ def _failing(vllm: Any) -> Any:
     handlers = dict(vllm.exception_handlers)
     last = [handlers.pop(kind) for kind in (500, Exception) if kind in handlers]
 
-    async def fail(scope, receive, send):
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
         raise scope[_FAILED].error
 
     handled: Any = ExceptionMiddleware(fail, handlers=handlers)
     handled = _cors(vllm, handled) or handled
 
-    async def seen(scope, receive, send):
-        async def out(message):
+    async def seen(scope: Scope, receive: Receive, send: Send) -> None:
+        async def out(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope[_FAILED].status_code = message["status"]
                 scope[_FAILED].raw_headers = list(message["headers"])

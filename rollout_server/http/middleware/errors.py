@@ -13,6 +13,8 @@ import logging
 from collections import deque
 from contextvars import ContextVar
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from rollout_server.errors import first_line
 from rollout_server.http.responses import send_error
 from rollout_server.http.tokens.calls import current, is_request
@@ -32,12 +34,12 @@ _OF_REQUESTS = tuple(
 class ErrorMiddleware:
     """Around vLLM's app. An error doesn't pass it: the connection would be closed."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self._app = app
         keep_off_terminal()
 
-    async def __call__(self, scope, receive, send):
-        records = deque(maxlen=_MOST)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        records: deque[logging.LogRecord] = deque(maxlen=_MOST)
         token = _logged.set(records)
         failed = True
         try:
@@ -47,11 +49,12 @@ class ErrorMiddleware:
             for record in records:
                 _tell(record, logging.ERROR if failed else logging.DEBUG)
 
-    async def _answered(self, scope, receive, send) -> bool:
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Whether the answer is a failure of the server's own."""
-        held, started = [], False
+        held: list[Message] = []
+        started = False
 
-        async def out(message):
+        async def out(message: Message) -> None:
             nonlocal started
             if held or (message["type"] == "http.response.start" and message["status"] == 500):
                 held.append(message)
@@ -80,8 +83,8 @@ class ErrorMiddleware:
         elif held and (died := _died()) is not None:
             await send_error(send, 503, died, "service_unavailable")
         elif held:
-            for message in held:
-                await send(message)
+            for one in held:
+                await send(one)
             return True
         elif error is not None:
             await send_error(send, 500, "internal error; see the server's log", "server_error")

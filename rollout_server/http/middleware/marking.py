@@ -1,18 +1,19 @@
 """What becomes of an answer on its way out: it is marked, and recorded when it is whole."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+from starlette.types import Message, Send
 
 from rollout_server.http import routes
 from rollout_server.http.dialects.messages import Stream, message_of
+from rollout_server.http.middleware.marks import Marks
 from rollout_server.http.retries import Copy
 from rollout_server.http.routes import CHAT, COMPLETIONS
 from rollout_server.http.sessions import Live
-from rollout_server.http.tokens.calls import Call, Sample, digest
-from rollout_server.http.tokens.fields import with_tokens
+from rollout_server.http.tokens.calls import Call, digest
 from rollout_server.http.tokens.history import History
 
 VERSION_HEADER = b"x-policy-version"
@@ -27,81 +28,74 @@ class MarkedAnswer:
     the end of it, which may be all that it waits for.
 
     good: whether it came to its end without an error, and was recorded if it is a session's.
-    copy: what it is remembered in, of a session's.
     """
 
     def __init__(
         self, path: str, request: dict[str, Any], call: Call, live: Live | None, answered: History,
-        send: Callable, version: Callable[[], int],
-    ):  # fmt: skip
-        self._path, self.call, self._live, self._answered = path, call, live, answered
-        self._send, self._version = send, version
-        self._with_tokens = asks(request) and path == CHAT
-        n = request.get("n")
-        self._each = n if type(n) is int and n > 0 else 1  # answers to a prompt
-        self._start: dict | None = None
+        send: Send, version: Callable[[], int], copy: Copy | None,
+    ) -> None:  # fmt: skip
+        """answered: where answers outside of sessions are remembered; version: the policy's; copy:
+        what it is remembered in, of a session's."""
+        self._path, self._call, self._live, self._answered = path, call, live, answered
+        self._send, self._version, self._copy = send, version, copy
+        self._marks = Marks(path, request, call, version)
+        self._stream = (
+            Stream(path) if live is not None or self._marks.with_tokens else None
+        )  # what the next turn's history has of it
+        self._take: Callable[[Message], Awaitable[None]] = self._begin
+        self._start: Message = {}
         self._pending = b""
-        self._streams = self._splices = self._passes = self._recorded = False
-        self._complete = self._failed = False
-        self._stream = Stream(path) if live is not None or self._with_tokens else None
         self._unread: list[bytes] = []  # events
-        self._mark: tuple[int | None, bytes] = None, b""  # of the last event
-        self.copy: Copy | None = None
+        self._recorded = self._complete = self._failed = False
 
     @property
     def good(self) -> bool:
-        ends = {sample.finish_reason for sample in self._samples()}
+        ends = {sample.finish_reason for sample in self._marks.samples()}
         return self._complete and not self._failed and ends.isdisjoint(("abort", "error"))
 
-    async def send(self, message: dict) -> None:
-        if self._splices and message.get("more_body") and not self._pending:
-            body = message.get("body", b"")
-            if _is_plain(body):
-                if self._stream is not None:
-                    self._unread.append(body)
-                    if len(self._unread) == _UNREAD:
-                        self._read()
-                await self._out({**message, "body": self._opened() + body[7:]})
-                return
-        if message["type"] == "http.response.start":
-            version = str(self._version()).encode()
-            message = {**message, "headers": [*message["headers"], (VERSION_HEADER, version)]}
-            kind = dict(message["headers"]).get(b"content-type", b"")
-            self._streams = kind.startswith(b"text/event-stream")
-            generates = ("POST", self._path) in routes.GENERATES
-            marked = message["status"] == 200 and generates and (self._streams or b"json" in kind)
-            self._passes = not marked
-            # The version is put in front; what it says is read later, several events at once.
-            self._splices = (
-                marked and self._streams and (self._stream is None or self._path in _BY_CHOICE)
-            )
-            if self._streams or self._passes:
-                await self._out(message)
-            else:
-                self._start = message  # until the body's length is known
-        elif message["type"] != "http.response.body" or self._passes:
-            await self._out(message)
-        elif self._streams:
-            await self._events(message)
+    def send(self, message: Message) -> Awaitable[None]:
+        """A message of the answer, in order."""
+        return self._take(message)
+
+    async def _begin(self, message: Message) -> None:
+        """What it is going to be, by its header."""
+        version = str(self._version()).encode()
+        message = {**message, "headers": [*message["headers"], (VERSION_HEADER, version)]}
+        kind = dict(message["headers"]).get(b"content-type", b"")
+        streams = kind.startswith(b"text/event-stream")
+        generates = ("POST", self._path) in routes.GENERATES
+        if message["status"] != 200 or not generates or not (streams or b"json" in kind):
+            self._take = self._send  # as it is, and it isn't remembered
+            await self._send(message)
+        elif not streams:
+            self._take = self._body
+            self._start = message  # until the body's length is known
         else:
-            await self._body(message)
+            # The version is put in front; what it says is read later, several events at once.
+            by_choice = self._stream is None or self._path in _BY_CHOICE
+            self._take = self._spliced if by_choice else self._events
+            await self._out(message)
 
-    async def _out(self, message: dict) -> None:
+    def _out(self, message: Message) -> Awaitable[None]:
+        if self._copy is not None and self._copy.add(message):
+            return self._packing(self._copy, message)
+        return self._send(message)
+
+    async def _packing(self, copy: Copy, message: Message) -> None:
+        await copy.pack()
         await self._send(message)
-        if self.copy is not None and not self._passes:
-            await self.copy.add(message)
 
-    async def _body(self, message: dict) -> None:
+    # -- one that comes as a whole ------------------------------------------------------------
+
+    async def _body(self, message: Message) -> None:
         self._pending += message.get("body", b"")
         if message.get("more_body", False):
             return
-        body = self._pending
-        if self._with_tokens or self._live is not None:
+        body, answer = self._pending, None
+        if self._marks.with_tokens or self._live is not None:
             answer = _parsed(body)
             self._record(message_of(self._path, answer))
-            if self._with_tokens and self.call.generations:
-                body = json.dumps(self._with_its_tokens(answer)).encode()
-        body = self._marked(body, self._samples())
+        body = self._marks.body(body, answer)
         headers = [
             (k, str(len(body)).encode() if k == b"content-length" else v)
             for k, v in self._start["headers"]
@@ -110,108 +104,72 @@ class MarkedAnswer:
         await self._out({"type": "http.response.body", "body": body})
         self._complete = True
 
-    async def _events(self, message: dict) -> None:
+    # -- one that streams ---------------------------------------------------------------------
+
+    def _spliced(self, message: Message) -> Awaitable[None]:
+        """No coroutine of its own: there are many messages."""
+        body = message.get("body", b"")
+        if self._pending or not _is_plain(body) or not message.get("more_body"):
+            return self._events(message)
+        if self._stream is not None:
+            self._unread.append(body)
+            if len(self._unread) == _UNREAD:
+                self._read(self._stream)
+        spliced = {
+            "type": "http.response.body", "body": self._marks.opening + body[7:], "more_body": True
+        }  # fmt: skip
+        return self._out(spliced)
+
+    def _read(self, stream: Stream) -> None:
+        """What was spliced, and not looked at."""
+        unread, self._unread = self._unread, []
+        for body in unread:
+            event = _parsed(body[6:-2])
+            self._failed = self._failed or _tells_error(event)
+            stream.add(event)
+
+    async def _events(self, message: Message) -> None:
         """Events end with an empty line; half an event waits for its other half."""
-        self._read()
+        if self._stream is not None:
+            self._read(self._stream)
         body, more = self._pending + message.get("body", b""), message.get("more_body", False)
         at = body.rfind(b"\n\n") + 2 if more else len(body)
         body, self._pending = (body[:at], body[at:]) if at >= 2 else (b"", body)
-        lines = [self._event(line) for line in body.split(b"\n")]
+        lines = [self._line(line) for line in body.split(b"\n")]
         if not self._recorded and not self._failed and (not more or self._ended()):
             self._record(self._stream.message if self._stream is not None else None)
         if body or not more:
             await self._out({**message, "body": b"\n".join(lines)})
         self._complete = not more
 
-    def _read(self) -> None:
-        """What was spliced, and not looked at."""
-        unread, self._unread = self._unread, []
-        for body in unread:
-            event = _parsed(body[6:-2])
-            self._failed = self._failed or _tells_error(event)
-            self._stream.add(event)
-
-    def _opened(self) -> bytes:
-        """How an event begins that has fields of its own."""
-        version = self._version()
-        if self._mark[0] != version:
-            self._mark = version, b'data: {"policy_version": %d, ' % version
-        return self._mark[1]
-
-    def _event(self, line: bytes) -> bytes:
+    def _line(self, line: bytes) -> bytes:
         if not line.startswith(b"data: {"):
             return line
-        event, samples = line[6:], []
+        event = line[6:]
         ends = _ENDS[0] in event or _ENDS[1] in event
-        if self._stream is not None or ends:
-            parsed = _parsed(event)
-            self._failed = self._failed or _tells_error(parsed)
-            if self._stream is not None:
-                self._stream.add(parsed)
-            if ends:
-                # The engine may be ahead of the stream: told with the event that ends a choice.
-                samples = [self._sample(c) for c in _finished(parsed)]
-                samples = [sample for sample in samples if sample is not None]
-                if samples and self._with_tokens:
-                    event = json.dumps(self._with_its_tokens(parsed)).encode()
-        if not samples and event.startswith(b'{"'):
-            return self._opened() + event[1:]
-        return b"data: " + self._marked(event, samples)
+        if self._stream is None and not ends:
+            return self._marks.event(event)
+        parsed = _parsed(event)
+        self._failed = self._failed or _tells_error(parsed)
+        if self._stream is not None:
+            self._stream.add(parsed)
+        return self._marks.last_event(event, parsed) if ends else self._marks.event(event)
+
+    # -- the record ---------------------------------------------------------------------------
 
     def _ended(self) -> bool:
         """Whether a stream of one answer has told its end."""
-        one = len(self.call.generations) == 1 and len(self.call.generations[0].samples) == 1
+        generations = self._call.generations
+        one = len(generations) == 1 and len(generations[0].samples) == 1
         return one and self._stream is not None and self._stream.ended and self._sampled()
 
     def _sampled(self) -> bool:
-        samples = [s for g in self.call.generations for s in g.samples.values()]
+        samples = [s for g in self._call.generations for s in g.samples.values()]
         return bool(samples) and all(s.finish_reason is not None for s in samples)
-
-    def _samples(self) -> list[Sample]:
-        """What the answer's choices are, in their order."""
-        generations = self.call.generations
-        if self._path != COMPLETIONS:  # there each is of a prompt, here of a step to the answer
-            generations = generations[-1:]
-        return [g.samples[at] for g in generations for at in sorted(g.samples)]
-
-    def _sample(self, choice: dict[str, Any]) -> Sample | None:
-        """That of a choice, once it is whole."""
-        number, generations = choice.get("index", 0), self.call.generations
-        prompt, at = divmod(number, self._each) if self._path == COMPLETIONS else (-1, number)
-        if prompt >= len(generations) or not generations:
-            return None
-        sample = generations[prompt].samples.get(at)
-        return None if sample is None or sample.finish_reason is None else sample
-
-    def _with_its_tokens(self, answer: dict[str, Any]) -> dict[str, Any]:
-        for choice in answer.get("choices", ()):
-            field = "delta" if "delta" in choice else "message"
-            sample = self._sample(choice) if choice.get("finish_reason") else None
-            if sample is not None and isinstance(choice.get(field), dict):
-                prompt_ids = self.call.generations[-1].prompt_ids
-                choice[field] = with_tokens(choice[field], prompt_ids, sample)
-        return answer
-
-    def _marked(self, body: bytes, samples: list[Sample]) -> bytes:
-        """`{...}` -> `{"policy_version": N, ...}`, without parsing what may be long.
-
-        samples: of the choices that are whole with it."""
-        if not body.startswith(b"{"):
-            return body
-        marks: dict[str, Any] = {"policy_version": self._version()}
-        if samples:
-            marks["policy_versions"] = [
-                [{"version": v, "start": a, "end": b} for v, a, b in sample.versions]
-                for sample in samples
-            ]
-            if self.call.generations[-1].masked:
-                marks["logprobs_of"] = "what the grammar allowed"
-        comma = b"" if body[1:].lstrip().startswith(b"}") else b", "
-        return json.dumps(marks).encode()[:-1] + comma + body[1:]
 
     def _record(self, answer: dict[str, Any] | None) -> None:
         """Whole answers only: a client that goes away has no answer that it could go on from."""
-        call, live = self.call, self._live
+        call, live = self._call, self._live
         if live is not None and live.session.ended:
             return  # while it was answered
         if live is not None and self._sampled():
@@ -226,16 +184,11 @@ class MarkedAnswer:
                 )  # fmt: skip
                 if last and answer is not None:
                     live.history.add(call.template, call.messages, answer, node)
-        elif self._with_tokens and answer is not None and self._sampled():
+        elif self._marks.with_tokens and answer is not None and self._sampled():
             generation = call.generations[-1]
             tokens = digest([*generation.prompt_ids, *generation.samples[0].ids])
             self._answered.add(call.template, call.messages, answer, tokens)
         self._recorded = True
-
-
-def asks(request: dict[str, Any]) -> bool:
-    """Whether a request asks for what its answer's tokens are."""
-    return any(map(request.get, ("logprobs", "return_token_ids", "unmasked_logprobs")))
 
 
 def _is_plain(body: bytes) -> bool:
@@ -255,10 +208,6 @@ def _parsed(event: bytes) -> Any:
         return msgspec.json.decode(event)
     except msgspec.DecodeError:  # NaN, for one
         return json.loads(event)
-
-
-def _finished(event: dict[str, Any]) -> list[dict[str, Any]]:
-    return [choice for choice in event.get("choices", ()) if choice.get("finish_reason")]
 
 
 def _tells_error(event: dict[str, Any]) -> bool:

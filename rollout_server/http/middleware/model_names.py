@@ -7,6 +7,8 @@ environment asks for the model that it knows.
 
 import re
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.http.responses import send_error
 from rollout_server.http.routes import ANTHROPIC, CHAT, GEMINI, NAMELESS, RESPONSES
 from rollout_server.http.scope import BODY, REQUEST, SESSION, SURFACE
@@ -26,13 +28,14 @@ _GEMINI = re.compile(r"(models/)?gemini-[\w.-]+")
 class ModelNameMiddleware:
     """404, with the list of names, for a model that isn't served."""
 
-    def __init__(self, app, names: list[str]):
+    def __init__(self, app: ASGIApp, names: list[str]):
         self._app = app
         self._names = names
 
-    async def __call__(self, scope, receive, send):
-        request = scope.get(REQUEST)
-        name = request.get("model") if isinstance(request, dict) else None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = scope.get(REQUEST)
+        request = given if isinstance(given, dict) else {}
+        name = request.get("model")
         if not isinstance(name, str) or name in ("", *self._names) or scope["path"] in NAMELESS:
             pass  # vLLM says what is wrong with another type
         elif scope.get(SESSION) is not None or self._unasked(scope, name):
@@ -42,7 +45,7 @@ class ModelNameMiddleware:
             return
         await self._app(scope, receive, send)
 
-    def _unasked(self, scope, name: str) -> bool:
+    def _unasked(self, scope: Scope, name: str) -> bool:
         surface = _GEMINI if scope.get(SURFACE) == GEMINI else _UNASKED.get(scope["path"])
         return surface is not None and surface.fullmatch(name) is not None
 

@@ -12,10 +12,13 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.http import routes
 from rollout_server.http.body import apart
 from rollout_server.http.middleware.access_log import note
-from rollout_server.http.middleware.marking import MarkedAnswer, asks
+from rollout_server.http.middleware.marking import MarkedAnswer
+from rollout_server.http.middleware.marks import asks
 from rollout_server.http.responses import BadRequest, send_error
 from rollout_server.http.retries import Retries
 from rollout_server.http.routes import COMPLETIONS, CONVERSATIONS
@@ -36,7 +39,7 @@ class RecordingMiddleware:
     """Only for requests that render or sample; others pass."""
 
     def __init__(
-        self, app, gate: Gate, version: Callable[[], int], vocabulary: int,
+        self, app: ASGIApp, gate: Gate, version: Callable[[], int], vocabulary: int,
         sampling: Mapping[str, Any], retries: Retries,
     ):  # fmt: skip
         """version: the policy's; vocabulary: number of token ids; sampling: defaults of the
@@ -50,7 +53,7 @@ class RecordingMiddleware:
         # What was answered outside of sessions: a client that sends tokens back is compared with.
         self._answered = History(limit=_ANSWERS)
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["method"], scope["path"]) not in _RENDERS:
             await self._app(scope, receive, send)
             return
@@ -62,20 +65,21 @@ class RecordingMiddleware:
         except BadRequest as error:
             await send_error(send, 400, str(error), "invalid_request_error")
             return
-        answer = MarkedAnswer(
-            scope["path"], request, call, live, self._answered, send, self._version
-        )
+        answered, version = self._answered, self._version
         if live is None:
-            await self._pass_on(scope, receive, answer, request)
+            path = scope["path"]
+            answer = MarkedAnswer(path, request, call, None, answered, send, version, None)
+            await self._pass_on(scope, receive, answer, call, request)
             return
         name, session = await apart(scope[SIZE], _name, scope), live.session.id
         if _may_repeat(scope) and (before := await self._retries.find(session, name)):
             for message in before:
                 await send(message)
             return
-        answer.copy = copy = self._retries.copy()
+        copy = self._retries.copy()
+        answer = MarkedAnswer(scope["path"], request, call, live, answered, send, version, copy)
         try:
-            await self._pass_on(scope, receive, answer, request)
+            await self._pass_on(scope, receive, answer, call, request)
             if answer.good:
                 self._retries.keep(session, name, copy)
         finally:
@@ -85,9 +89,9 @@ class RecordingMiddleware:
                 self._retries.forget(session)
 
     async def _pass_on(
-        self, scope, receive, answer: "MarkedAnswer", request: dict[str, Any]
-    ) -> None:
-        call = answer.call
+        self, scope: Scope, receive: Receive, answer: MarkedAnswer, call: Call,
+        request: dict[str, Any],
+    ) -> None:  # fmt: skip
         finishes = call.options.on_sync == "finish"
         token = current.set(call)
         try:
@@ -117,13 +121,13 @@ class RecordingMiddleware:
         )  # fmt: skip
 
 
-def _name(scope) -> bytes:
+def _name(scope: Scope) -> bytes:
     """Of the call that a request is: an SDK's retry has the same."""
     told = dict(scope["headers"]).get(b"idempotency-key")
     said = scope["path"].encode() + b"\n" + scope[BODY]
     return told or hashlib.blake2b(said, digest_size=16).digest()
 
 
-def _may_repeat(scope) -> bool:
+def _may_repeat(scope: Scope) -> bool:
     headers = dict(scope["headers"])
     return headers.get(b"x-stainless-retry-count", b"0") != b"0" or b"idempotency-key" in headers

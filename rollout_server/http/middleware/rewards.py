@@ -1,5 +1,7 @@
 """`POST /v1/reward`: an agent tells how its rollout went."""
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.errors import ConfigError
 from rollout_server.http.responses import send_error, send_json
 from rollout_server.http.routes import REWARD
@@ -9,10 +11,10 @@ from rollout_server.http.scope import REQUEST, SESSION
 class RewardMiddleware:
     """`POST /v1/reward` with {"reward": number, "components": {name: number}}, for a session."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self._app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["method"], scope["path"]) != ("POST", REWARD):
             await self._app(scope, receive, send)
             return

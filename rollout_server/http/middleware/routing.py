@@ -1,5 +1,7 @@
 """Which requests go on: those for routes that there are."""
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from rollout_server.http import routes
 from rollout_server.http.responses import send_error
 
@@ -7,10 +9,10 @@ from rollout_server.http.responses import send_error
 class RoutingMiddleware:
     """404 for what isn't offered, 405 for a wrong method. Only HTTP passes."""
 
-    def __init__(self, app):
+    def __init__(self, app: ASGIApp):
         self._app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})

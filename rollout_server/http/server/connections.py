@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable
 from typing import Any
 
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rollout_server.concurrency.patience import Timer, overslept
@@ -39,7 +40,7 @@ class _Connection(HttpToolsProtocol):
         self._discarded: int | None = None  # bytes, once nothing more is read
         self._lingering: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
             _answer(transport, "503 Service Unavailable", "too many connections", "retry-after: 5")
@@ -126,7 +127,8 @@ class _Connection(HttpToolsProtocol):
         self._writing = None
 
     def timeout_keep_alive_handler(self) -> None:
-        if overslept(self.loop, self.timeout_keep_alive_task.when()):
+        waited = self.timeout_keep_alive_task
+        if waited is not None and overslept(self.loop, waited.when()):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -140,17 +142,17 @@ class _Connection(HttpToolsProtocol):
         return Timer(self.loop, self.limits.patience, work)
 
 
-async def _header_too_large(scope, receive, send) -> None:
+async def _header_too_large(scope: Scope, receive: Receive, send: Send) -> None:
     message = "the request's header is too large; send fewer and shorter fields and a shorter URL"
     send = lingering(receive, send)
     await send_error(send, 431, message, "invalid_request_error", {"connection": "close"})
 
 
-def lingering(receive, send):
+def lingering(receive: Receive, send: Send) -> Send:
     """A `send` for an answer of one piece to a request whose body isn't read: what the client sends
     of it is read and dropped for a while, as a close before would reset its connection."""
 
-    async def lingering_send(message) -> None:
+    async def lingering_send(message: Message) -> None:
         if message["type"] != "http.response.body":
             await send(message)
             return
@@ -163,7 +165,7 @@ def lingering(receive, send):
     return lingering_send
 
 
-async def _discard(receive) -> None:
+async def _discard(receive: Receive) -> None:
     discarded = 0
     while discarded <= _LINGER_BYTES:
         message = await receive()

@@ -52,7 +52,7 @@ class Listener:
         )
         self._sock = sock
         self._server = uvicorn.Server(config)
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def connections(self) -> int:

@@ -100,8 +100,10 @@ class Conversation(Protocol):
 
 @dataclass
 class Call:
-    """A request from its first token to its last: what it goes on from, what the engine was given
-    for it and what it sampled. Whoever takes it a step further calls the step's method, in order:
+    """A request from its first token to its last.
+
+    What it goes on from, what the engine was given for it and what it sampled. Whoever takes it a
+    step further calls the step's method; in order:
 
     - `going_on_from`: messages of an earlier request that vLLM isn't handed again;
     - `whole`: all messages, where vLLM was handed the others alone;

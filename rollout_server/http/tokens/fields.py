@@ -28,13 +28,13 @@ def parse_client_tokens(request: dict[str, Any], vocabulary: int) -> Known | Non
         if _FIELDS.isdisjoint(message):
             continue
         name = f"messages[{at}]."
-        fields = {field: message.get(field) for field in (PROMPT, SAMPLED)}
-        for field in (PROMPT, SAMPLED):
-            require_ids(name + field, fields[field], vocabulary)
+        prompt, sampled = message.get(PROMPT), message.get(SAMPLED)
+        require_ids(name + PROMPT, prompt, vocabulary)
+        require_ids(name + SAMPLED, sampled, vocabulary)
         for field in (LOGPROBS, UNMASKED):
-            _require_logprobs(name + field, message.get(field), fields[SAMPLED])
-        if fields[SAMPLED] is not None and fields[PROMPT]:
-            found = Known(at, fields[PROMPT], fields[SAMPLED])
+            _require_logprobs(name + field, message.get(field), sampled)
+        if sampled is not None and prompt:
+            found = Known(at, prompt, sampled)
     prefix = request.get(PREFIX)
     require_ids(PREFIX, prefix, vocabulary)
     if found is not None or not prefix:

@@ -54,7 +54,7 @@ class _Request:
 class ParsedMessageCache:
     """Of one session: its last requests, by hashes of the messages as they came."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._requests: list[_Request] = []
 
     def find(self, messages: Any) -> CachedPrefix:

@@ -44,8 +44,8 @@ class Openings:
         return self._known[key]
 
     async def _found(self, kind: str, render: Render) -> list[int] | None:
-        user = {"role": "user", "content": _MARK if kind == "user" else "?"}
-        answer = {"role": "assistant", "content": _MARK if kind == "assistant" else ""}
+        user: Message = {"role": "user", "content": _MARK if kind == "user" else "?"}
+        answer: Message = {"role": "assistant", "content": _MARK if kind == "assistant" else ""}
         messages = [user]
         if kind == "assistant":
             messages = [user, answer]
@@ -95,22 +95,24 @@ def hook_parsers(state: Any) -> bool:
     return reasons
 
 
-def _narrowed(parser: type) -> type:
+def _narrowed(parser: Any) -> Any:
     if hasattr(parser, "narrowed"):
         return parser
 
-    class Narrowed(parser):
+    class Narrowed(parser):  # type: ignore[misc]
         narrowed = True
 
-        def __init__(self, *args, **options):
+        def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             if (call := current.get()) is not None:
                 call.parser = self
 
-        def is_reasoning_end(self, input_ids):
+        def is_reasoning_end(self, input_ids: Sequence[int]) -> Any:
             return super().is_reasoning_end(of_answer(input_ids))
 
-        def parse_delta(self, delta_text, delta_token_ids, request, **options):
+        def parse_delta(
+            self, delta_text: str, delta_token_ids: Sequence[int], request: Any, **options: Any
+        ) -> Any:
             if options.get("prompt_token_ids") is not None:
                 options["prompt_token_ids"] = of_answer(options["prompt_token_ids"])
             pieces = _apart(

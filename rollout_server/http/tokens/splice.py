@@ -121,12 +121,12 @@ class Splicer:
             if part is None or at < 0 or not seen.startswith(_plain(part), at):
                 return False
             at += len(_plain(part))
-        answer = seen[at:]
+        said = seen[at:]
         if known.prompt_ids:
-            if answer:
+            if said:
                 return False
-            answer = _plain(await self._texts.decode(known.ids))
-        return self._says(answer, messages[known.at], ending)
+            said = _plain(await self._texts.decode(known.ids))
+        return self._says(said, messages[known.at], ending)
 
     def _says(self, text: str, answer: Message, ending: str) -> bool:
         """Whether an answer's message is what its text says, reasoning and white space apart."""
@@ -152,8 +152,8 @@ class Splicer:
             texts = []
             for message in (answer, answer | {"tool_calls": [call]}):
                 text = await render([{"role": "user", "content": "?"}, _stand_in(message)], False)
-                single = text is not None and text.count(_MARK) == 1
-                texts.append(text.partition(_MARK)[2] if single else None)
+                parts = [] if text is None else text.split(_MARK)
+                texts.append(parts[1] if len(parts) == 2 else None)
             ending, after_call = texts
             ended = await self._texts.encode(ending) if ending else []
             frame = _Frame(ending, await self._closing(after_call, ending), tuple(ended))

@@ -4,7 +4,7 @@ all streams would stand still."""
 import asyncio
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,13 +37,15 @@ class Texts:
 
     async def encode(self, text: str, special: bool = False) -> list[int]:
         """special: whether with the tokens that the tokenizer puts around a text."""
-        return await self._done(self._encode, len(text) <= _SHORT, text, special)
+        ids: list[int] = await self._done(self._encode, len(text) <= _SHORT, text, special)
+        return ids
 
     async def decode(self, ids: Sequence[int]) -> str:
         """Special tokens included."""
-        return await self._done(self._decode, len(ids) <= _IDS, ids)
+        text: str = await self._done(self._decode, len(ids) <= _IDS, ids)
+        return text
 
-    async def _done(self, work, short: bool, *args: Any) -> Any:
+    async def _done(self, work: Callable[..., Any], short: bool, *args: Any) -> Any:
         if short and self._turn.acquire(blocking=False):  # else the thread has the tokenizer
             try:
                 return work(*args)
@@ -53,7 +55,7 @@ class Texts:
             self._worker, self._locked, work, *args
         )
 
-    def _locked(self, work, *args: Any) -> Any:
+    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
         with self._turn:
             return work(*args)
 
@@ -61,9 +63,10 @@ class Texts:
         return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
+        text: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        return text
 
 
 def characters_per_token(tokenizer: Any) -> int | None:

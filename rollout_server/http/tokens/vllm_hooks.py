@@ -50,7 +50,7 @@ def _ends(model_config: Any) -> list[int]:
 def _hook_chat(chat: Any) -> None:
     create = chat.create_chat_completion
 
-    async def hooked(request, *others, **options):
+    async def hooked(request: Any, *others: Any, **options: Any) -> Any:
         call = current.get()
         if call is not None:
             request.messages = call.whole(request.messages)
@@ -62,7 +62,7 @@ def _hook_chat(chat: Any) -> None:
 def _hook_generate(client: Any) -> None:
     generate = client.generate
 
-    def hooked(prompt, sampling_params, request_id, **options):
+    def hooked(prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Any:
         call = current.get()
         if call is None:
             return generate(prompt, sampling_params, request_id, **options)
@@ -77,7 +77,7 @@ def _hook_logprobs(processor: Any) -> None:
     that it does for it. Where the client hasn't asked for them, nobody reads it."""
     add = processor.add_request
 
-    def hooked(request, *others, **options):
+    def hooked(request: Any, *others: Any, **options: Any) -> None:
         add(request, *others, **options)
         call = current.get()
         if call is not None and call.unshown:
@@ -90,7 +90,7 @@ def _hook_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> 
     render, parse_is_hooked = renderer.render_messages_async, _hook_parse(renderer)
     warned = False
 
-    async def hooked(messages, params):
+    async def hooked(messages: Sequence[Any], params: Any) -> Any:
         nonlocal warned
         call = current.get()
         if call is None:
@@ -161,7 +161,7 @@ _rendered: ContextVar["_Rendering | None"] = ContextVar("rollout_rendering", def
 def _hook_parse(renderer: Any) -> bool:
     """What vLLM's usual renderer makes of messages for their template is kept for the next turn.
     Other renderers' it can't be kept of: False."""
-    module = sys.modules[type(renderer).__module__]
+    module: Any = sys.modules[type(renderer).__module__]
     parse = getattr(module, "parse_chat_messages_async", None)
     if module.__name__ != "vllm.renderers.hf" or parse is None:
         return False
@@ -169,8 +169,10 @@ def _hook_parse(renderer: Any) -> bool:
         return True
 
     @functools.wraps(parse)
-    async def hooked(messages, model_config, content_format, **options):
-        def copied(messages):
+    async def hooked(
+        messages: Sequence[Message], model_config: Any, content_format: str, **options: Any
+    ) -> Any:
+        def copied(messages: Sequence[Message]) -> Any:
             return parse(_copies(messages), model_config, content_format, **options)
 
         call, rendering = current.get(), _rendered.get()
@@ -180,7 +182,7 @@ def _hook_parse(renderer: Any) -> bool:
             return await copied(messages)
         return await call.earlier.parse(messages, content_format, copied)
 
-    hooked.hooked = True
+    hooked.hooked = True  # type: ignore[attr-defined]
     module.parse_chat_messages_async = hooked
     return True
 
@@ -199,12 +201,12 @@ def _plain(message: Any) -> Message:
     """A message as a dict whose lists can be read more than once, unlike pydantic's."""
     if hasattr(message, "model_dump"):
         message = message.model_dump(exclude_none=True)
-    message = dict(message)
+    plain: Message = dict(message)
     for name in ("content", "tool_calls"):
-        value = message.get(name)
+        value = plain.get(name)
         if value is not None and not isinstance(value, str):
-            message[name] = [_as_dict(part) for part in value]
-    return message
+            plain[name] = [_as_dict(part) for part in value]
+    return plain
 
 
 def _as_dict(part: Any) -> Any:
