@@ -55,9 +55,14 @@ class Endpoint:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     async def start(
-        self, client: Any, tokenizer: Any, names: list[str], sampling: Mapping[str, Any],
-        tool_parser: str | None, version: Callable[[], int],
-    ) -> None:  # fmt: skip
+        self,
+        client: Any,
+        tokenizer: Any,
+        names: list[str],
+        sampling: Mapping[str, Any],
+        tool_parser: str | None,
+        version: Callable[[], int],
+    ) -> None:
         """Serve vLLM's `client`; returns when connections are accepted.
 
         names: of the model; sampling: defaults of the fields that a request leaves out;
@@ -72,10 +77,18 @@ class Endpoint:
         install_hooks(client, vllm.state, texts)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
-            vllm, self._key, self.gate, version, self.sessions, names,
-            client.model_config.get_vocab_size(), sampling, limits, self._journal,
+            vllm,
+            self._key,
+            self.gate,
+            version,
+            self.sessions,
+            names,
+            client.model_config.get_vocab_size(),
+            sampling,
+            limits,
+            self._journal,
             Engine(client, texts),
-        )  # fmt: skip
+        )
         self._listener = Listener(app, self._sock, limits)
         await self._listener.start()
         self._watch = LoopWatch(self._journal.metrics)

@@ -11,9 +11,13 @@ class BadRequest(ValueError):
 
 
 async def send_error(
-    send: Send, status: int, message: str, kind: str, headers: dict[str, str] | None = None,
+    send: Send,
+    status: int,
+    message: str,
+    kind: str,
+    headers: dict[str, str] | None = None,
     param: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Send a whole ASGI answer `{"error": {...}}`."""
     error = {"message": message, "type": kind, "param": param, "code": status}
     await send_json(send, {"error": error}, status, headers)

@@ -44,9 +44,11 @@ class Sessions:
     """
 
     def __init__(
-        self, journal: Journal | None = None, retry_bytes: int = 64 << 20,
+        self,
+        journal: Journal | None = None,
+        retry_bytes: int = 64 << 20,
         session_bytes: int = 256 << 20,
-    ):  # fmt: skip
+    ):
         """retry_bytes, session_bytes: see `max_retry_bytes` and `max_session_bytes` of
         `RolloutConfig`."""
         self._journal = journal or Journal()

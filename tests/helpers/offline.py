@@ -40,9 +40,14 @@ class Server:
 
     def answered(self, turn, prompt):
         node = self.tree.add(
-            prompt, turn.ids, [-1.0] * len(turn.ids), versions=[(0, 0, len(turn.ids))],
-            finish_reason="stop", messages=turn.messages, answer=turn.message,
-        )  # fmt: skip
+            prompt,
+            turn.ids,
+            [-1.0] * len(turn.ids),
+            versions=[(0, 0, len(turn.ids))],
+            finish_reason="stop",
+            messages=turn.messages,
+            answer=turn.message,
+        )
         self.history.add(self.case.name, turn.messages, turn.message, node)
 
     @staticmethod

@@ -294,11 +294,14 @@ class Engine:
 TOLD = [
     {"role": "user", "content": "Hi."},
     {
-        "role": "assistant", "content": "Yes.", "prompt_token_ids": [1],
-        "generation_token_ids": [2], "generation_log_probs": [-1.0],
+        "role": "assistant",
+        "content": "Yes.",
+        "prompt_token_ids": [1],
+        "generation_token_ids": [2],
+        "generation_log_probs": [-1.0],
     },
     {"role": "user", "content": "And?"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -311,11 +314,17 @@ TOLD = [
         ("/generate", {}, True, False),
         ("/v1/chat/completions", {}, False, False),
         ("/v1/chat/completions", {"messages": TOLD}, False, True),
-        ("/v1/chat/completions",
-         {"messages": [*TOLD[:1], {"role": "assistant", "content": "Yes."}],
-          "required_prefix_token_ids": [1, 2]}, False, True),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [*TOLD[:1], {"role": "assistant", "content": "Yes."}],
+                "required_prefix_token_ids": [1, 2],
+            },
+            False,
+            True,
+        ),
     ],
-)  # fmt: skip
+)
 async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
     tokenizer, path, body, in_session, refused
 ):

@@ -302,9 +302,11 @@ async def test_one_session_does_not_starve_another(server):
 
     async def ask(session, client, text):
         await client.chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": text}], max_tokens=8,
+            model="policy",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=8,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         answered.append(session)
 
     many, one = greedy.async_openai(max_retries=0), modest.async_openai(max_retries=0)

@@ -107,10 +107,13 @@ def test_a_stream_says_the_same_however_many_tokens_a_step_has(parser, said):
             step = ids[at : at + size]
             told.append(
                 one.parse_delta(
-                    delta_text=tokenizer.decode(step), delta_token_ids=step, request=request,
-                    prompt_token_ids=[1], finished=at + size >= len(ids),
+                    delta_text=tokenizer.decode(step),
+                    delta_token_ids=step,
+                    request=request,
+                    prompt_token_ids=[1],
+                    finished=at + size >= len(ids),
                 )
-            )  # fmt: skip
+            )
         told = [delta for delta in told if delta is not None]
         assert "".join(d.reasoning or "" for d in told) == "Because of that", size
         calls = [call.function for d in told for call in d.tool_calls]

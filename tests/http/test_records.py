@@ -256,10 +256,17 @@ class Step:
     def __init__(self):
         logprob = type("Logprob", (), {"logprob": -1.0})
         self.outputs = [
-            type("Output", (), {
-                "index": 0, "token_ids": [5], "logprobs": [{5: logprob}], "finish_reason": "length",
-            })
-        ]  # fmt: skip
+            type(
+                "Output",
+                (),
+                {
+                    "index": 0,
+                    "token_ids": [5],
+                    "logprobs": [{5: logprob}],
+                    "finish_reason": "length",
+                },
+            )
+        ]
 
 
 async def test_a_token_that_nobody_sees_is_not_recorded():
@@ -403,11 +410,14 @@ def test_a_sessions_end_frees_its_generations(server):
     with server.session(on_sync="finish") as session, session.openai(max_retries=0) as client:
         streams = [
             client.chat.completions.create(
-                model="policy", messages=[{"role": "user", "content": "Go on."}], stream=True,
-                max_tokens=900, extra_body={"ignore_eos": True},
+                model="policy",
+                messages=[{"role": "user", "content": "Go on."}],
+                stream=True,
+                max_tokens=900,
+                extra_body={"ignore_eos": True},
             )
             for _ in range(2)
-        ]  # fmt: skip
+        ]
         for stream in streams:
             next(iter(stream))
         session.end()

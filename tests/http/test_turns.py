@@ -138,9 +138,10 @@ def reads():
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app=served))
         async with client:
             return await client.post(
-                "http://server/v1/chat/completions", json={"messages": messages, **more},
+                "http://server/v1/chat/completions",
+                json={"messages": messages, **more},
                 headers={"authorization": f"Bearer {key}"},
-            )  # fmt: skip
+            )
 
     return app, post
 

@@ -42,29 +42,55 @@ _WORDS: _Types = [str]
 _IDS: _Types = [int]
 # vLLM's fields that a request may give, and of which types: wrong ones would reach the engine.
 _SAMPLING: dict[str, _Types] = {
-    "temperature": _NUMBERS, "top_p": _NUMBERS, "min_p": _NUMBERS, "top_k": _WHOLE,
-    "frequency_penalty": _NUMBERS, "presence_penalty": _NUMBERS, "repetition_penalty": _NUMBERS,
-    "max_tokens": _WHOLE, "min_tokens": _WHOLE, "seed": _WHOLE, "n": _WHOLE,
-    "ignore_eos": _FLAGS, "skip_special_tokens": _FLAGS, "spaces_between_special_tokens": _FLAGS,
+    "temperature": _NUMBERS,
+    "top_p": _NUMBERS,
+    "min_p": _NUMBERS,
+    "top_k": _WHOLE,
+    "frequency_penalty": _NUMBERS,
+    "presence_penalty": _NUMBERS,
+    "repetition_penalty": _NUMBERS,
+    "max_tokens": _WHOLE,
+    "min_tokens": _WHOLE,
+    "seed": _WHOLE,
+    "n": _WHOLE,
+    "ignore_eos": _FLAGS,
+    "skip_special_tokens": _FLAGS,
+    "spaces_between_special_tokens": _FLAGS,
     "include_stop_str_in_output": _FLAGS,
-    "stop": _WORDS, "bad_words": _WORDS, "stop_token_ids": _IDS, "allowed_token_ids": _IDS,
-}  # fmt: skip
+    "stop": _WORDS,
+    "bad_words": _WORDS,
+    "stop_token_ids": _IDS,
+    "allowed_token_ids": _IDS,
+}
 _FIELDS = frozenset(
     (
-        "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "stream",
-        "top_logprobs_num", "rid", "return_text_in_logprobs", "token_ids_logprob", "image_data",
+        "text",
+        "input_ids",
+        "sampling_params",
+        "return_logprob",
+        "logprob_start_len",
+        "stream",
+        "top_logprobs_num",
+        "rid",
+        "return_text_in_logprobs",
+        "token_ids_logprob",
+        "image_data",
         "model",
     )
-)  # fmt: skip
+)
 
 
 class SGLangGenerate:
     """Answers `/generate`; other requests pass."""
 
     def __init__(
-        self, app: ASGIApp, client: Any, sampling: Mapping[str, Any], version: Callable[[], int],
+        self,
+        app: ASGIApp,
+        client: Any,
+        sampling: Mapping[str, Any],
+        version: Callable[[], int],
         texts: Texts,
-    ):  # fmt: skip
+    ):
         """client: vLLM's; sampling: defaults of the sampling fields; version: the policy's; texts:
         of its tokenizer."""
         self._app = app

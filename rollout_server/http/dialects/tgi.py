@@ -27,17 +27,31 @@ from rollout_server.http.tokens.texts import Texts
 _LENGTH = 100
 _NUMBER, _WHOLE, _FLAG = (int, float), (int,), (bool,)
 _TYPES = {
-    "temperature": _NUMBER, "top_p": _NUMBER, "top_k": _WHOLE, "frequency_penalty": _NUMBER,
-    "repetition_penalty": _NUMBER, "max_new_tokens": _WHOLE, "seed": _WHOLE, "stop": (list,),
-    "do_sample": _FLAG, "details": _FLAG, "return_full_text": _FLAG, "truncate": _WHOLE,
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "top_k": _WHOLE,
+    "frequency_penalty": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "max_new_tokens": _WHOLE,
+    "seed": _WHOLE,
+    "stop": (list,),
+    "do_sample": _FLAG,
+    "details": _FLAG,
+    "return_full_text": _FLAG,
+    "truncate": _WHOLE,
     "top_n_tokens": _WHOLE,
-}  # fmt: skip
+}
 # Those that are vLLM's too, by its names.
 _SAMPLING = {
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "seed": "seed",
-    "frequency_penalty": "frequency_penalty", "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens", "stop": "stop",
-}  # fmt: skip
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "seed": "seed",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "stop": "stop",
+}
 _WARPS = ("temperature", "top_p", "top_k")  # with any of them TGI samples
 # What isn't done, where it asks for something, and what to do instead.
 _NOT_HERE = {
@@ -112,9 +126,15 @@ class TextGeneration:
         top = fields.get("top_n_tokens", 0)
         streams = path == "/generate_stream" or (bool(streams) and path != "/generate")
         return _Asked(
-            prompt, ids, self._params(fields, len(ids), top, streams), fields.get("seed"),
-            fields.get("details", False), fields.get("return_full_text", False), top, streams,
-        )  # fmt: skip
+            prompt,
+            ids,
+            self._params(fields, len(ids), top, streams),
+            fields.get("seed"),
+            fields.get("details", False),
+            fields.get("return_full_text", False),
+            top,
+            streams,
+        )
 
     async def _ids(self, prompt: str, truncate: int | None) -> list[int]:
         if len(prompt) > TEXT:
@@ -244,9 +264,11 @@ def _details(output: Any, count: int, asked: _Asked) -> dict[str, Any]:
     if ended == "stop":
         ended = "stop_sequence" if isinstance(output.stop_reason, str) else "eos_token"
     return {
-        "finish_reason": ended, "generated_tokens": count, "seed": asked.seed,
+        "finish_reason": ended,
+        "generated_tokens": count,
+        "seed": asked.seed,
         "input_length": len(asked.ids),
-    }  # fmt: skip
+    }
 
 
 def _status(error: Exception) -> tuple[int, str, str]:

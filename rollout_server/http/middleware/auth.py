@@ -45,9 +45,10 @@ class AuthMiddleware:
             session = self._sessions.of_key(given)
             if session is None and not hmac.compare_digest(given, self._key):
                 await _refuse(
-                    send, "wrong or missing API key, or that of a session that has ended; send the "
+                    send,
+                    "wrong or missing API key, or that of a session that has ended; send the "
                     "server's api_key, or a session's, as 'Authorization: Bearer <key>'",
-                )  # fmt: skip
+                )
                 return
             scope = {**scope, SESSION: session}
         if scope["path"].startswith(GEMINI):

@@ -30,10 +30,12 @@ from rollout_server.http.scope import REQUEST, SIZE
 # Of vLLM's app. The first adds a header, the last counts; the others leave a plain request alone.
 _MIDDLEWARE = frozenset(
     (
-        "CORSMiddleware", "ScalingMiddleware", "WebSocketMetricsMiddleware",
+        "CORSMiddleware",
+        "ScalingMiddleware",
+        "WebSocketMetricsMiddleware",
         "PrometheusInstrumentatorMiddleware",
     )
-)  # fmt: skip
+)
 _COUNTING = "PrometheusInstrumentatorMiddleware"
 _DEPENDENCIES = frozenset(("validate_json_request",))  # it looks at the content type
 Endpoint = Callable[[Any, Request], Awaitable[Response | None]]
@@ -197,9 +199,14 @@ def _counter(vllm: Any) -> Callable[..., None] | None:
         status = 499 if response is None else response.status_code  # it went away
         first = 0.0 if begun is None else begun - started
         info = Info(
-            request, response, "POST", request.scope["path"], f"{status // 100}xx", now - started,
+            request,
+            response,
+            "POST",
+            request.scope["path"],
+            f"{status // 100}xx",
+            now - started,
             first,
-        )  # fmt: skip
+        )
         for instrumentation in instrumentations:
             instrumentation(info)
 

@@ -31,9 +31,16 @@ class MarkedAnswer:
     """
 
     def __init__(
-        self, path: str, request: dict[str, Any], call: Call, live: Live | None, answered: History,
-        send: Send, version: Callable[[], int], copy: Copy | None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str,
+        request: dict[str, Any],
+        call: Call,
+        live: Live | None,
+        answered: History,
+        send: Send,
+        version: Callable[[], int],
+        copy: Copy | None,
+    ) -> None:
         """answered: where answers outside of sessions are remembered; version: the policy's; copy:
         what it is remembered in, of a session's."""
         self._path, self._call, self._live, self._answered = path, call, live, answered
@@ -116,8 +123,10 @@ class MarkedAnswer:
             if len(self._unread) == _UNREAD:
                 self._read(self._stream)
         spliced = {
-            "type": "http.response.body", "body": self._marks.opening + body[7:], "more_body": True
-        }  # fmt: skip
+            "type": "http.response.body",
+            "body": self._marks.opening + body[7:],
+            "more_body": True,
+        }
         return self._out(spliced)
 
     def _read(self, stream: Stream) -> None:
@@ -177,11 +186,16 @@ class MarkedAnswer:
                 sample = generation.samples[0]
                 last = generation is call.generations[-1]
                 node = live.session.record(
-                    generation.prompt_ids, sample.ids, sample.logprobs, versions=sample.versions,
-                    finish_reason=sample.finish_reason, messages=call.messages,
-                    answer=answer if last else None, masked=generation.masked,
+                    generation.prompt_ids,
+                    sample.ids,
+                    sample.logprobs,
+                    versions=sample.versions,
+                    finish_reason=sample.finish_reason,
+                    messages=call.messages,
+                    answer=answer if last else None,
+                    masked=generation.masked,
                     unmasked=sample.unmasked,
-                )  # fmt: skip
+                )
                 if last and answer is not None:
                     live.history.add(call.template, call.messages, answer, node)
         elif self._marks.with_tokens and answer is not None and self._sampled():

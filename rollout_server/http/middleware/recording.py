@@ -39,9 +39,14 @@ class RecordingMiddleware:
     """Only for requests that render or sample; others pass."""
 
     def __init__(
-        self, app: ASGIApp, gate: Gate, version: Callable[[], int], vocabulary: int,
-        sampling: Mapping[str, Any], retries: Retries,
-    ):  # fmt: skip
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        version: Callable[[], int],
+        vocabulary: int,
+        sampling: Mapping[str, Any],
+        retries: Retries,
+    ):
         """version: the policy's; vocabulary: number of token ids; sampling: defaults of the
         sampling fields; retries: where answers of sessions are remembered."""
         self._app = app
@@ -89,9 +94,13 @@ class RecordingMiddleware:
                 self._retries.forget(session)
 
     async def _pass_on(
-        self, scope: Scope, receive: Receive, answer: MarkedAnswer, call: Call,
+        self,
+        scope: Scope,
+        receive: Receive,
+        answer: MarkedAnswer,
+        call: Call,
         request: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         finishes = call.options.on_sync == "finish"
         token = current.set(call)
         try:
@@ -113,12 +122,17 @@ class RecordingMiddleware:
                 "or several requests"
             )
         return Call(
-            self._version, self._gate, options, live, told, self._answered,
+            self._version,
+            self._gate,
+            options,
+            live,
+            told,
+            self._answered,
             with_logprobs=session is not None or asks(request),
             own_length=request.get("max_tokens") is not None,
             silent=path == COMPLETIONS and request.get("max_tokens") == 0,
             must_see=path in CONVERSATIONS and (session is not None or told is not None),
-        )  # fmt: skip
+        )
 
 
 def _name(scope: Scope) -> bytes:

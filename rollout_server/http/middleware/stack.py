@@ -37,10 +37,18 @@ class Engine:
 
 
 def layered(
-    app: ASGIApp, key: str, gate: Gate, version: Callable[[], int], sessions: Sessions,
-    names: list[str], vocabulary: int, sampling: Mapping[str, Any], limits: Limits | None = None,
-    journal: Journal | None = None, engine: Engine | None = None,
-) -> ASGIApp:  # fmt: skip
+    app: ASGIApp,
+    key: str,
+    gate: Gate,
+    version: Callable[[], int],
+    sessions: Sessions,
+    names: list[str],
+    vocabulary: int,
+    sampling: Mapping[str, Any],
+    limits: Limits | None = None,
+    journal: Journal | None = None,
+    engine: Engine | None = None,
+) -> ASGIApp:
     """What uvicorn serves: `app` behind all middleware.
 
     names: of the model; vocabulary: number of token ids that it has; sampling: defaults of the

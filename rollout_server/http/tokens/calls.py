@@ -23,9 +23,15 @@ from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.tree import LOWEST_LOGPROB
 
 _WRONG_VALUE = (
-    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-    AssertionError, NotImplementedError,
-)  # fmt: skip
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    AssertionError,
+    NotImplementedError,
+)
 current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)
 
 

@@ -29,9 +29,11 @@ class CachedPrefix:
     parsed: dict[str, list[Any]] = field(default_factory=dict)
 
     async def parse(
-        self, messages: Sequence[Message], content_format: str,
+        self,
+        messages: Sequence[Message],
+        content_format: str,
         parse: Callable[[Sequence[Message]], Awaitable[tuple[list[Any], Any, Any]]],
-    ) -> tuple[list[Any], Any, Any]:  # fmt: skip
+    ) -> tuple[list[Any], Any, Any]:
         """What `parse` makes of messages, of which these may be the first."""
         same = identical(self.messages, messages)
         parsed = self.parsed.setdefault(content_format, [])

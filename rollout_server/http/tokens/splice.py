@@ -200,10 +200,13 @@ def text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(
-        part if isinstance(part, str) else part["text"] if isinstance(part.get("text"), str)
+        part
+        if isinstance(part, str)
+        else part["text"]
+        if isinstance(part.get("text"), str)
         else json.dumps(part, sort_keys=True, default=str)
         for part in content
-    )  # fmt: skip
+    )
 
 
 def _is_answer(message: Message) -> bool:

@@ -222,9 +222,10 @@ def _copies(messages: Sequence[Message]) -> list[Message]:
         copy = dict(message)
         if copy.get("tool_calls"):
             copy["tool_calls"] = [
-                {**c, "function": dict(c["function"])} if isinstance(c.get("function"), Mapping)
+                {**c, "function": dict(c["function"])}
+                if isinstance(c.get("function"), Mapping)
                 else dict(c)
                 for c in copy["tool_calls"]
-            ]  # fmt: skip
+            ]
         copies.append(copy)
     return copies
