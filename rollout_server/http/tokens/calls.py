@@ -261,11 +261,11 @@ class Call:
             sample.finish_reason = output.finish_reason or sample.finish_reason
             return
         ids, start = output.token_ids, len(sample.ids)
-        if output.logprobs is not None:
-            sample.logprobs += [
-                max(at[i].logprob, LOWEST_LOGPROB)
-                for i, at in zip(ids, output.logprobs, strict=True)
-            ]
+        if output.logprobs:
+            told = output.logprobs
+            if type(told[0]) is not float:  # else the sampled ones alone are kept
+                told = [at[i].logprob for i, at in zip(ids, told, strict=True)]
+            sample.logprobs += told if min(told) >= LOWEST_LOGPROB else map(_bounded, told)
         sample.ids += ids
         if output.finish_reason is not None:
             sample.finish_reason = output.finish_reason
@@ -277,6 +277,10 @@ class Call:
             if versions and versions[-1][0] == version:
                 start = versions.pop()[1]
             versions.append((version, start, len(sample.ids)))
+
+
+def _bounded(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
 
 
 async def _all(steps: AsyncGenerator[Any]) -> list[Any]:

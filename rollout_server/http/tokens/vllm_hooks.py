@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from rollout_server import vllm_compat as compat
+from rollout_server.engine.logprobs import keep_sampled_alone
 from rollout_server.http.tokens.calls import GenerationRequest, current
 from rollout_server.http.tokens.reasoning import Openings, hook_parsers
 from rollout_server.http.tokens.splice import Message, Splicer
@@ -73,15 +74,15 @@ def _hook_generate(client: Any) -> None:
 
 
 def _hook_logprobs(processor: Any) -> None:
-    """vLLM makes a text of each token that has a log-probability, which costs more than all else
-    that it does for it. Where the client hasn't asked for them, nobody reads it."""
+    """vLLM makes two objects and a text of each token that has a log-probability, which costs more
+    than all else that it does for it. Where the client hasn't asked for them, nobody reads them."""
     add = processor.add_request
 
     def hooked(request: Any, *others: Any, **options: Any) -> None:
         add(request, *others, **options)
         call = current.get()
         if call is not None and call.unshown:
-            processor.request_states[request.request_id].logprobs_processor.tokenizer = None
+            keep_sampled_alone(processor.request_states[request.request_id].logprobs_processor)
 
     processor.add_request = hooked
 
