@@ -123,9 +123,10 @@ class _Work:
                 why = str(refused)
         GENERAL.warning(
             "the trainer failed and the engine stays asleep (%s): clients wait until wake(), "
-            "evaluate() or train() is called on each rank, or until hold_timeout", why,
+            "evaluate() or train() is called on each rank, or until hold_timeout",
+            why,
             extra={"event": "asleep_after_failure"},
-        )  # fmt: skip
+        )
 
 
 def _bind(

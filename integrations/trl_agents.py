@@ -20,9 +20,12 @@ class AgentRollouts:
     """Stands in for TRL's `rollout_func`."""
 
     def __init__(
-        self, server: RolloutServer, config: RolloutConfig, agent: Agent,
+        self,
+        server: RolloutServer,
+        config: RolloutConfig,
+        agent: Agent,
         generation: EngineGeneration,
-    ):  # fmt: skip
+    ):
         self._server = server
         self._config = config
         self._agent = agent
@@ -36,9 +39,12 @@ class AgentRollouts:
         started, config = time.perf_counter(), self._config
         shown = config.progress and trainer.accelerator.is_main_process
         bar = tqdm(
-            total=len(examples), desc="rollouts", unit="rollout", leave=False,
+            total=len(examples),
+            desc="rollouts",
+            unit="rollout",
+            leave=False,
             disable=not (shown and _can_be_redrawn()),
-        )  # fmt: skip
+        )
         turns = tokens = 0
 
         def done(outcome: Outcome) -> None:
@@ -51,9 +57,13 @@ class AgentRollouts:
 
         with bar:
             outcomes = run_agents(
-                self._server.session, self._agent, examples, done=done,
-                concurrency=config.rollout_concurrency, timeout=config.rollout_timeout,
-            )  # fmt: skip
+                self._server.session,
+                self._agent,
+                examples,
+                done=done,
+                concurrency=config.rollout_concurrency,
+                timeout=config.rollout_timeout,
+            )
         self._require_one(outcomes)
         log, seconds = self._generation.log, time.perf_counter() - started
         failed = sum(o.error is not None for o in outcomes)
@@ -61,8 +71,9 @@ class AgentRollouts:
             print(
                 f"rollout_server: {len(outcomes)} rollouts: {seconds:.1f} s, {turns} turns, "
                 f"{tokens / seconds:.0f} tokens/s, {failed} failed",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
         log("tokens_per_second", tokens / seconds)
         log("turns", turns / len(outcomes))
         log("failed", failed / len(outcomes))

@@ -31,10 +31,17 @@ _ELSEWHERE = {
 }
 # Fields that make another distribution than the policy's of it, and their values that don't.
 _WHOLE: dict[str, tuple[Any, ...]] = {
-    "top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "min_tokens": (0, None),
-    "bad_words": ([], None), "allowed_token_ids": (None,), "repetition_penalty": (1, None),
-    "presence_penalty": (0, None), "frequency_penalty": (0, None), "logit_bias": ({}, None),
-}  # fmt: skip
+    "top_p": (1, None),
+    "top_k": (0, -1, None),
+    "min_p": (0, None),
+    "min_tokens": (0, None),
+    "bad_words": ([], None),
+    "allowed_token_ids": (None,),
+    "repetition_penalty": (1, None),
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "logit_bias": ({}, None),
+}
 
 
 def check(trainer: Any, config: RolloutConfig) -> None:

@@ -19,9 +19,14 @@ _servers: "weakref.WeakKeyDictionary[Any, RolloutServer]" = weakref.WeakKeyDicti
 
 
 def attach(
-    trainer_or_model: Any, tokenizer: Any = None, /, *, optimizer: Any = None,
-    rollout: Agent | None = None, **options: Any,
-) -> RolloutServer:  # fmt: skip
+    trainer_or_model: Any,
+    tokenizer: Any = None,
+    /,
+    *,
+    optimizer: Any = None,
+    rollout: Agent | None = None,
+    **options: Any,
+) -> RolloutServer:
     """Start a vLLM engine beside a trainer or a model, serve it, and return its handle.
 
     `attach(trainer, **options)` takes a TRL trainer (GRPO, RLOO); its rollouts come from the engine

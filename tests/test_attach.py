@@ -37,8 +37,9 @@ QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}
 def engines():
     """Engine processes of this process."""
     children = psutil.Process().children(recursive=True)
-    return [p.pid for p in children if "spawn_main" in " ".join(p.cmdline())
-            or "EngineCore" in p.name()]  # fmt: skip
+    return [
+        p.pid for p in children if "spawn_main" in " ".join(p.cmdline()) or "EngineCore" in p.name()
+    ]
 
 
 def files(folder):
@@ -115,9 +116,13 @@ def test_an_architecture_that_vllm_lacks(tokenizer, nothing_left):
         pass
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, architectures=["UnheardOf"],
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        architectures=["UnheardOf"],
+    )
     with pytest.raises(UnsupportedModelError, match="UnheardOf"):
         attach(UnheardOf(config), tokenizer, **QUICK)
 
@@ -143,9 +148,13 @@ def test_an_engine_that_cannot_start_says_why(tiny, tokenizer, nothing_left):
 def test_an_engine_that_cannot_run_the_model_says_why(tokenizer, nothing_left):
     """vLLM's CPU attention knows no heads of 16: that shows in the first forward pass only."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     with pytest.raises(EngineStartError, match="head_dim=16"):
         attach(LlamaForCausalLM(config), tokenizer, **QUICK)
 
@@ -177,18 +186,30 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
     # same port, a key and a name of the user's.
     untied = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1,
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            initializer_range=0.1,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )  # fmt: skip
+    )
     with attach(
-        torch.nn.parallel.DistributedDataParallel(untied), tokenizer, dtype="bfloat16",
-        port=port, api_key="mine", in_flight="drain",
-        served_model_name="me", sampling={"temperature": 0.0, "max_tokens": 3}, verify_every=1,
+        torch.nn.parallel.DistributedDataParallel(untied),
+        tokenizer,
+        dtype="bfloat16",
+        port=port,
+        api_key="mine",
+        in_flight="drain",
+        served_model_name="me",
+        sampling={"temperature": 0.0, "max_tokens": 3},
+        verify_every=1,
         **QUICK,
-    ) as server:  # fmt: skip
+    ) as server:
         assert f":{port}/" in server.base_url and server.api_key == "mine"
         report = server.sync_weights()
         assert report.verified
@@ -207,9 +228,11 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
         assert len({c.choices[0].message.content for c in chats}) == 1
         assert {c.usage.completion_tokens for c in chats} == {3}
         longer = server.openai().chat.completions.create(
-            model="me", messages=[{"role": "user", "content": "Hi"}], max_tokens=7,
+            model="me",
+            messages=[{"role": "user", "content": "Hi"}],
+            max_tokens=7,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         assert longer.usage.completion_tokens == 7
         # in_flight="drain": what runs is finished before the engine sleeps.
         version, results = server.policy_version, []
@@ -258,9 +281,13 @@ def test_a_script_without_a_main_guard(tiny_folder, tmp_path, nothing_left):
     path.write_text(script(tiny_folder, "raise KeyError('the script fails here')"))
     # As under accelerate launch, whose variables the engine must not take for its own.
     env = os.environ | {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     run = subprocess.run(
         [sys.executable, str(path)], capture_output=True, text=True, timeout=200, env=env
     )
@@ -274,9 +301,12 @@ def test_a_script_without_a_main_guard(tiny_folder, tmp_path, nothing_left):
 def test_from_standard_input_and_killed(tiny_folder, temporary):
     """`python -`; and SIGKILL of the trainer ends the engine."""
     process = subprocess.Popen(
-        [sys.executable, "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [sys.executable, "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     process.stdin.write(script(tiny_folder, "time.sleep(600)"))
     process.stdin.close()
     lines = []

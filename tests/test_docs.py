@@ -103,11 +103,14 @@ def test_the_loop_of_ones_own_runs(block, tiny, tokenizer):
 
 COMMANDS = [
     (f"{block}", words)
-    for block in BLOCKS if block.language == "sh" for words in commands_of(block.text)
+    for block in BLOCKS
+    if block.language == "sh"
+    for words in commands_of(block.text)
 ] + [
-    (page.name, shlex.split(code)) for page, code in CODES
+    (page.name, shlex.split(code))
+    for page, code in CODES
     if re.match(r"(make [a-z]|python (-m |\w+/))", code)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -185,13 +188,22 @@ def test_what_inline_code_names_exists(page):
 @pytest.mark.parametrize(
     "wrong",
     [
-        "rollout_server.logs", "rollout_server.lifecycle.lifecycles", "server.foo()",
-        "session.nummer", "SyncReport.way", "rollout/temperature_of_it", "/v1/chat",
-        "rollout_server/http/tables.py", "tests/test_attack.py", "recipe/",
-        "max_waiting_requests", 'colocate="shared"', "offload=True",
+        "rollout_server.logs",
+        "rollout_server.lifecycle.lifecycles",
+        "server.foo()",
+        "session.nummer",
+        "SyncReport.way",
+        "rollout/temperature_of_it",
+        "/v1/chat",
+        "rollout_server/http/tables.py",
+        "tests/test_attack.py",
+        "recipe/",
+        "max_waiting_requests",
+        'colocate="shared"',
+        "offload=True",
         "session.set_reward(1.0, parts={})",
     ],
-)  # fmt: skip
+)
 def test_wrong_inline_code_is_found(wrong):
     with pytest.raises((AssertionError, TypeError, RolloutServerError)):
         require_code(wrong)
@@ -253,9 +265,10 @@ def broken_links(page, text):
     """Links to files that aren't there; those on the web are nobody's to follow here."""
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", prose_of(text))
     return [
-        link for link in links
+        link
+        for link in links
         if not link.startswith(("https://", "http://")) and not (page.parent / link).is_file()
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -31,10 +31,22 @@ def start(script, *args, told):
         "PYTHONPATH": str(Path(sys.prefix) / "deepspeed"),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(SCRIPTS / script), *map(str, args)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(SCRIPTS / script),
+            *map(str, args),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
 
 
 @pytest.fixture
@@ -78,8 +90,9 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
         assert mine["versions"][1] > mine["versions"][0]
         assert mine["state"] == other["state"] == "awake"
     assert [[step["another"] for step in line["mended"]] for line in (first, second)] == [
-        [False, True], [True, False],
-    ]  # fmt: skip
+        [False, True],
+        [True, False],
+    ]
 
 
 @pytest.mark.slow
@@ -115,12 +128,23 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
     said = tmp_path / "told"
     said.mkdir()
     run = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         str(SCRIPTS / "fsdp2.yaml"), str(SCRIPTS / "grpo.py"), tiny_folder, str(tmp_path),
-         str(together)],
-        capture_output=True, text=True, timeout=280, cwd=ROOT,
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(SCRIPTS / "fsdp2.yaml"),
+            str(SCRIPTS / "grpo.py"),
+            tiny_folder,
+            str(tmp_path),
+            str(together),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOLD": str(said)},
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     first, second = told(said)
     for line in (first, second):
@@ -139,11 +163,14 @@ def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tm
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
             env=os.environ | launched | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     _, errors = processes[0].communicate(timeout=280)
     assert processes[1].wait(5) == -signal.SIGKILL
     (line,) = told(tmp_path)

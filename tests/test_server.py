@@ -98,9 +98,13 @@ def test_each_optimizer_step_reaches_the_engine(server, shared_model):
         report = server.sync_weights()
         assert report.version == server.policy_version
         answer = client.completions.create(
-            model="policy", prompt=prompt, max_tokens=12, temperature=0, logprobs=2,
+            model="policy",
+            prompt=prompt,
+            max_tokens=12,
+            temperature=0,
+            logprobs=2,
             extra_body={"ignore_eos": True, "return_token_ids": True},
-        )  # fmt: skip
+        )
         assert answer.policy_version == report.version
         choice = answer.choices[0]
         ids, logprobs = choice.token_ids, torch.tensor(choice.logprobs.token_logprobs)

@@ -118,10 +118,15 @@ class Gym:
         with (
             self._log.open("a") as log,
             subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder,
-                env=self._environment(), start_new_session=True,
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                env=self._environment(),
+                start_new_session=True,
             ) as process,
-        ):  # fmt: skip
+        ):
             try:
                 yield process
             finally:

@@ -106,9 +106,13 @@ def _attach(policy: Any, tokenizer: Any, **options: Any) -> RolloutServer:
     """With a small KV cache and without CUDA graphs, which no refit uses."""
     options["engine_args"] = {"enforce_eager": True} | options.get("engine_args", {})
     return attach(
-        policy, tokenizer, max_model_len=512, kv_cache_memory_bytes=256 << 20, progress=False,
+        policy,
+        tokenizer,
+        max_model_len=512,
+        kv_cache_memory_bytes=256 << 20,
+        progress=False,
         **options,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -150,9 +154,13 @@ def _copying(
 
 
 def _measure(
-    policy: Any, server: RolloutServer, ways: list[Way], nbytes: int, like: torch.Tensor,
+    policy: Any,
+    server: RolloutServer,
+    ways: list[Way],
+    nbytes: int,
+    like: torch.Tensor,
     rounds: int,
-) -> dict[str, list[report.Sample]]:  # fmt: skip
+) -> dict[str, list[report.Sample]]:
     for way in ways:
         _prove(way, policy, server)
     memcpy = _memcpy(nbytes, like)

@@ -61,9 +61,10 @@ def memory(system: System) -> Finding:
     text = f"{gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB of GPU memory are free"
     if gpu["free"] < _SCARCE or gpu["free"] < gpu["total"] / 2:
         return warning(
-            text, "end the other processes on it (nvidia-smi lists them), or choose another GPU "
+            text,
+            "end the other processes on it (nvidia-smi lists them), or choose another GPU "
             "with CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
+        )
     return ok(text)
 
 

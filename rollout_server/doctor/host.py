@@ -90,9 +90,9 @@ def loopback(system: System) -> Finding:
         system.loopback()
     except OSError as error:
         return problem(
-            f"no connection to {_LOCAL}: {error}", "bring up lo (ip link set lo up), or allow it "
-            "in the sandbox",
-        )  # fmt: skip
+            f"no connection to {_LOCAL}: {error}",
+            "bring up lo (ip link set lo up), or allow it in the sandbox",
+        )
     return ok(f"{_LOCAL} can be reached")
 
 
@@ -125,6 +125,12 @@ def clock(system: System) -> Finding:
 
 
 CHECKS = [
-    memory, shared_memory_size, shared_memory, open_files, temporary_folder, loopback, proxies,
+    memory,
+    shared_memory_size,
+    shared_memory,
+    open_files,
+    temporary_folder,
+    loopback,
+    proxies,
     clock,
-]  # fmt: skip
+]

@@ -129,5 +129,11 @@ def _wanted_torch(system: System) -> str | None:
 
 
 CHECKS = [
-    python, torch, vllm_installed, vllm_imports, builds_fit, torch_companions, trainers,
-]  # fmt: skip
+    python,
+    torch,
+    vllm_installed,
+    vllm_imports,
+    builds_fit,
+    torch_companions,
+    trainers,
+]

@@ -17,9 +17,12 @@ from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor import Executor
 
 _COUNTING = (
-    "structured_outputs", "presence_penalty", "frequency_penalty", "bad_words",
+    "structured_outputs",
+    "presence_penalty",
+    "frequency_penalty",
+    "bad_words",
     "thinking_token_budget",
-)  # fmt: skip
+)
 
 
 class ResumableAsyncLLM(AsyncLLM):
@@ -117,10 +120,15 @@ class ResumableAsyncLLM(AsyncLLM):
         if _anew(state, request):  # nothing was passed on yet
             processor = self.output_processor
             fresh: Any = RequestState.from_new_request(
-                tokenizer=processor.tokenizer, request=request, prompt=state.prompt,
-                parent_req=state.parent_req, request_index=state.request_index, queue=state.queue,
-                log_stats=processor.log_stats, stream_interval=processor.stream_interval,
-            )  # fmt: skip
+                tokenizer=processor.tokenizer,
+                request=request,
+                prompt=state.prompt,
+                parent_req=state.parent_req,
+                request_index=state.request_index,
+                queue=state.queue,
+                log_stats=processor.log_stats,
+                stream_interval=processor.stream_interval,
+            )
             fresh.core_request, fresh.crashes = request, state.crashes
             processor.request_states[state.request_id] = fresh
             return request

@@ -21,9 +21,13 @@ class Janitor:
     def __init__(self, folder: str):
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), folder]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
 
     def dismiss(self) -> None:
         self._process.kill()

@@ -9,10 +9,21 @@ from rollout_server.vllm_compat import request_errors
 
 # Fields by which a distribution isn't the model's own; as each is in `SamplingParams()`, it is.
 _CHANGING = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "min_tokens", "bad_words", "logit_bias", "allowed_token_ids",
-    "structured_outputs", "thinking_token_budget", "extra_args",
-)  # fmt: skip
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "bad_words",
+    "logit_bias",
+    "allowed_token_ids",
+    "structured_outputs",
+    "thinking_token_budget",
+    "extra_args",
+)
 
 
 def neutral(params: Any) -> bool:

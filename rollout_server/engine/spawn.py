@@ -26,9 +26,19 @@ from typing import Any
 
 # Set by accelerate and torchrun for the trainer's own process group.
 LAUNCHER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
-    "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "MEGATRON_LM_", "PMI_", "OMPI_")
 
 # Sent to a whole process group by terminals, notebooks and launchers.
@@ -78,9 +88,12 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
         if threading.get_ident() == thread and "-c" in line:
             at = line.index("-c") + 1
             prologue = _PROLOGUE.format(
-                parent=os.getpid(), log=log, hidden=_launcher_variables(), variables=own,
+                parent=os.getpid(),
+                log=log,
+                hidden=_launcher_variables(),
+                variables=own,
                 blocked=[int(number) for number in _OF_GROUPS],
-            )  # fmt: skip
+            )
             line[at] = prologue + line[at]
         return line
 

@@ -37,24 +37,10 @@ async def start_engine(
     names: to serve under; sampling: defaults of the fields that a request leaves out; devices:
     `device_name` of each worker's; pids: takes the ids of the engine's processes.
     """
-    if group.rank > 0:
-        return await _join(None, policy, config, group)
-    engine = await _start(policy, config, source, folder, names, sampling, devices, pids)
-    return engine if group.size == 1 else await _join(engine, policy, config, group)
-
-
-async def _start(
-    policy: Policy,
-    config: RolloutConfig,
-    source: Source,
-    folder: str,
-    names: list[str],
-    sampling: dict[str, Any],
-    devices: list[str | None],
-    pids: list[int],
-) -> Engine:
     from vllm.platforms import current_platform
 
+    if group.rank > 0:
+        return await _join(None, policy, config, group)
     dtype = policy.dtype if config.dtype == "auto" else config.dtype
     untied = "lm_head.weight" in source.specs
     write_model_folder(folder, policy.bare, policy.tokenizer, dtype, untied)
@@ -70,7 +56,7 @@ async def _start(
     engine = await Engine.start(arguments, variables, log, pids)
     if source.adapter is not None:
         use_adapter(engine.client, config.served_model_name)
-    return engine
+    return engine if group.size == 1 else await _join(engine, policy, config, group)
 
 
 async def _join(

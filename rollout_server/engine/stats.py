@@ -30,9 +30,12 @@ def stat_logger(peak: PeakUsage) -> Callable[..., Any]:
             pass
 
         def record(
-            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None,
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
             engine_idx: int = 0,
-        ) -> None:  # fmt: skip
+        ) -> None:
             if scheduler_stats is not None:
                 peak.see(getattr(scheduler_stats, "kv_cache_usage", 0.0))
 

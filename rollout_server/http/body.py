@@ -1,16 +1,24 @@
 """A request's body, whole, and the JSON in it."""
 
 import asyncio
+import importlib
 import itertools
 import json
-import json.decoder
-import json.scanner
 import re
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
+
+from starlette.types import Message, Receive
 
 from rollout_server.concurrency.race import Preempted, run_until
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# What of the standard library's JSON is written in Python, which type checkers aren't told of.
+_scanner: Any = importlib.import_module("json.scanner")
+_decoder: Any = importlib.import_module("json.decoder")
 
 DEPTH = 64  # of objects and arrays in each other
 _LARGE = 1 << 63  # what vLLM's messages have no room for
@@ -31,7 +39,7 @@ class Gone(Exception):
     """The client went away."""
 
 
-async def read_body(receive, grow: Callable[[int], None] = lambda size: None) -> bytes:
+async def read_body(receive: Receive, grow: Callable[[int], None] = lambda size: None) -> bytes:
     """All of it; `Gone`. `grow` is told the size of each part, and may raise."""
     parts = []
     while True:
@@ -45,7 +53,7 @@ async def read_body(receive, grow: Callable[[int], None] = lambda size: None) ->
             return b"".join(parts)
 
 
-async def unless_gone(receive, work: Coroutine) -> Any:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives; `Gone`, and it is cancelled, if the client goes away before. The body must
     have been read."""
 
@@ -59,11 +67,11 @@ async def unless_gone(receive, work: Coroutine) -> Any:
         raise Gone from None
 
 
-def again(body: bytes, receive):
+def again(body: bytes, receive: Receive) -> Receive:
     """A `receive` that tells `body` first, and then what comes."""
     told = False
 
-    async def first():
+    async def first() -> Message:
         nonlocal told
         if told:
             return await receive()
@@ -73,7 +81,7 @@ def again(body: bytes, receive):
     return first
 
 
-async def apart(size: int, work: Callable, *args: Any) -> Any:
+async def apart(size: int, work: Callable[[*Ts], T], *args: *Ts) -> T:
     """What `work` gives, in a thread where it is on a body of a size that would hold the loop."""
     return work(*args) if size < LARGE else await asyncio.to_thread(work, *args)
 
@@ -103,17 +111,17 @@ def parse(body: bytes) -> Any:
     return value
 
 
-def _decoder_of_large(body: bytes) -> json.JSONDecoder:
+def _decoder_of_large(body: bytes) -> Any:
     """Numbers are made in Python, and where there is very much all is: threads take turns there."""
     hooks = _HOOKS | {"parse_int": _integer, "parse_float": _float}
     containers = body.count(b"[") + body.count(b"{")  # those in strings too
     if containers > CONTAINERS:
         hooks["object_pairs_hook"] = counted = _Counted()
-    decoder = json.JSONDecoder(**hooks)
+    decoder: Any = json.JSONDecoder(**hooks)
     if body.count(b'"') / 2 + containers > _STRINGS:
         if containers > CONTAINERS:
             decoder.parse_array = counted.array
-        decoder.scan_once = json.scanner.py_make_scanner(decoder)
+        decoder.scan_once = _scanner.py_make_scanner(decoder)
     return decoder
 
 
@@ -199,7 +207,7 @@ _DECODERS = json.JSONDecoder(**_HOOKS), json.JSONDecoder(**_HOOKS, parse_int=_in
 class _Counted:
     """Makes arrays and objects up to `CONTAINERS` of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._left = CONTAINERS
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -208,7 +216,7 @@ class _Counted:
 
     def array(self, *at: Any) -> Any:
         self._count()
-        return json.decoder.JSONArray(*at)
+        return _decoder.JSONArray(*at)
 
     def _count(self) -> None:
         self._left -= 1

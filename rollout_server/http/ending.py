@@ -8,8 +8,11 @@ is still there, is told.
 import asyncio
 import contextlib
 import json
+from typing import Any
 
-from rollout_server.http.errors import send_error
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rollout_server.http.responses import send_error
 
 _MESSAGE = "the session of this request has ended"
 _KIND = "authentication_error"  # as for one that comes later
@@ -18,10 +21,10 @@ _KIND = "authentication_error"  # as for one that comes later
 class Ending:
     """Of one session. `happened`: it has ended."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.happened = False
         self._told = False  # to those who wait
-        self._waiting: set[asyncio.Task] = set()  # for what their clients do
+        self._waiting: set[asyncio.Task[Any]] = set()  # for what their clients do
         self._loop: asyncio.AbstractEventLoop | None = None  # once there was a request
 
     def happen(self) -> None:
@@ -36,7 +39,7 @@ class Ending:
         for task in self._waiting:
             task.cancel()
 
-    async def _receive(self, receive) -> dict:
+    async def _receive(self, receive: Receive) -> Message:
         """What `receive` gives; a disconnect at the end. No task is made for each that waits: the
         one that does is cancelled, as `asyncio.timeout` does it."""
         if self._told:
@@ -53,17 +56,17 @@ class Ending:
         finally:
             self._waiting.discard(task)
 
-    async def serve(self, app, scope, receive, send) -> None:
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Have `app` answer a request, until the end."""
         self._loop = asyncio.get_running_loop()
         if self.happened:  # before there was a loop to tell
             self._told = True
         started = streams = whole = False
 
-        async def until_ended():
+        async def until_ended() -> Message:
             return await self._receive(receive)
 
-        async def out(message):
+        async def out(message: Message) -> None:
             nonlocal started, streams, whole
             if self.happened and (streams or not started):
                 return

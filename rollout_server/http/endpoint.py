@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rollout_server.config import RolloutConfig
-from rollout_server.http.app import layered, serving_app
-from rollout_server.http.limits import Limits
-from rollout_server.http.listener import Listener, listen
-from rollout_server.http.native import Generate
-from rollout_server.http.scrape import Scrape
-from rollout_server.http.seen import Seen
+from rollout_server.errors import StateError
+from rollout_server.http.dialects.vllm_app import serving_app
+from rollout_server.http.middleware.stack import Engine, layered
+from rollout_server.http.server.limits import Limits
+from rollout_server.http.server.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.taps import tap
-from rollout_server.http.texts import Texts
-from rollout_server.http.tgi import TextGeneration
+from rollout_server.http.tokens.texts import Texts
+from rollout_server.http.tokens.vllm_hooks import install_hooks
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.events import Journal
 from rollout_server.observability.loop_lag import LoopWatch
@@ -37,7 +35,10 @@ class Endpoint:
         read = journal.metrics.read
         read("gate_held_requests", lambda: self.gate.held)
         read("sessions_open", lambda: len(self.sessions))
-        read("http_connections", lambda: self._listener.connections)
+        read("http_connections", self._connections)
+
+    def _connections(self) -> int:
+        return 0 if self._listener is None else self._listener.connections
 
     @property
     def is_open(self) -> bool:
@@ -54,27 +55,41 @@ class Endpoint:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     async def start(
-        self, client: Any, tokenizer: Any, names: list[str], sampling: Mapping[str, Any],
-        tool_parser: str | None, version: Callable[[], int],
-    ) -> None:  # fmt: skip
+        self,
+        client: Any,
+        tokenizer: Any,
+        names: list[str],
+        sampling: Mapping[str, Any],
+        tool_parser: str | None,
+        version: Callable[[], int],
+    ) -> None:
         """Serve vLLM's `client`; returns when connections are accepted.
 
         names: of the model; sampling: defaults of the fields that a request leaves out;
         tool_parser: see `engine.arguments.tool_parser`; version: the policy's.
         """
+        if self._sock is None:
+            raise StateError("the endpoint has no port yet; call open() first")
         parser = self._config.reasoning_parser
         vllm = await serving_app(client, names, sampling, tool_parser, parser)
         # The trainer's tokenizer isn't thread-safe.
         texts = Texts(copy.deepcopy(tokenizer), client.model_config.max_model_len)
-        tap(client, vllm.state, texts)
-        app = Generate(Scrape(vllm, self._journal.metrics), client, sampling, version, texts)
-        app = TextGeneration(app, client, texts, sampling)
+        install_hooks(client, vllm.state, texts)
         limits = Limits.of(self._config, client.vllm_config.scheduler_config.max_num_seqs)
         app = layered(
-            app, self._key, self.gate, version, self.sessions, names,
-            client.model_config.get_vocab_size(), sampling, limits, vllm,
-        )  # fmt: skip
-        self._listener = Listener(Seen(app, self._journal, version), self._sock, limits)
+            vllm,
+            self._key,
+            self.gate,
+            version,
+            self.sessions,
+            names,
+            client.model_config.get_vocab_size(),
+            sampling,
+            limits,
+            self._journal,
+            Engine(client, texts),
+        )
+        self._listener = Listener(app, self._sock, limits)
         await self._listener.start()
         self._watch = LoopWatch(self._journal.metrics)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rollout_server.http.tokens import BadRequest, shown
+from rollout_server.http.responses import BadRequest, shown
 
 SAMPLES = 1024  # answers to one request: prompts times n
 TEXT = 1 << 20  # characters to tokenise, tokens to turn into text
@@ -52,12 +52,26 @@ _REFUSED = {
 # What a chat template gets besides its variables; vLLM would hand these on to the tokenizer.
 _OF_TOKENIZER = frozenset(
     (
-        "chat_template", "conversation", "messages", "tools", "documents", "tokenize", "padding",
-        "truncation", "max_length", "return_tensors", "return_dict",
-        "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs", "template",
-        "tokenizer", "model_config", "model",
+        "chat_template",
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "processor_kwargs",
+        "template",
+        "tokenizer",
+        "model_config",
+        "model",
     )
-)  # fmt: skip
+)
 _MEDIA = ("image_url", "audio_url", "video_url", "file_url", "file", "image", "audio", "video")
 _TENSORS = ("image_embeds", "audio_embeds", "video_embeds")
 _TELLING = frozenset((*_MEDIA, *_TENSORS, "source"))

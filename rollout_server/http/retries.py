@@ -5,10 +5,13 @@ forgotten for newer ones.
 """
 
 import asyncio
+import functools
 import threading
 import zlib
 from collections import OrderedDict
 from typing import Any
+
+from starlette.types import Message
 
 _EACH = 16  # answers of a session
 _OVERHEAD = 1024  # bytes that one costs besides its body: its header, and what holds it
@@ -45,7 +48,7 @@ class Retries:
             while len(names) > _EACH:
                 self._pop(session, next(iter(names)))
 
-    async def find(self, session: str, name: bytes) -> list[dict[str, Any]]:
+    async def find(self, session: str, name: bytes) -> list[Message]:
         """The messages of an answer; none if it isn't remembered."""
         copy = self._kept.get((session, name))
         return [] if copy is None else await copy.messages()
@@ -84,7 +87,7 @@ class Copy:
 
     def __init__(self, retries: Retries):
         self._retries = retries
-        self._start: dict[str, Any] | None = None
+        self._start: Message | None = None
         self._parts: list[bytes] = []  # packed, where there is a packer
         self._loose: list[bytes] = []  # that came since
         self._loose_bytes = 0
@@ -94,19 +97,23 @@ class Copy:
         self.dropped = False
         self._grow(_OVERHEAD)
 
-    async def add(self, message: dict[str, Any]) -> None:
-        """A message of the answer, in order."""
+    def add(self, message: Message) -> bool:
+        """A message of the answer, in order; whether `pack` must follow."""
         if self.dropped:
-            return
+            return False
         if message["type"] == "http.response.start":
             self._start = message
         elif body := message.get("body", b""):
             self._loose.append(body)
             self._loose_bytes += len(body)
-            if self._loose_bytes >= _LARGE:
-                await asyncio.to_thread(self._pack)
-            elif self._loose_bytes >= _SMALL:
-                self._pack()
+        return self._loose_bytes >= _SMALL
+
+    async def pack(self) -> None:
+        """Take less room for what came."""
+        if self._loose_bytes >= _LARGE:
+            await asyncio.to_thread(self._pack)
+        else:
+            self._pack()
 
     def finish(self) -> None:
         """The answer is whole. One that is small isn't packed: it would hardly be smaller."""
@@ -125,12 +132,13 @@ class Copy:
             self.dropped, self._parts, self._loose, self._packer = True, [], [], None
             self._retries.shrink(self.size)
 
-    async def messages(self) -> list[dict[str, Any]]:
+    async def messages(self) -> list[Message]:
         (body,) = self._parts
         if self._packed:
-            work = zlib.decompress, body, _WINDOW
             large = len(body) > _LARGE // 8
-            body = await asyncio.to_thread(*work) if large else work[0](*work[1:])
+            unpack = functools.partial(zlib.decompress, body, _WINDOW)
+            body = await asyncio.to_thread(unpack) if large else unpack()
+        assert self._start is not None  # it is whole
         return [self._start, {"type": "http.response.body", "body": body}]
 
     def _pack(self) -> None:

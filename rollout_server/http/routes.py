@@ -5,16 +5,16 @@ Weights, sleep and pause are calls in the training process, never HTTP.
 
 import re
 
+CHAT, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+COMPLETIONS = "/v1/completions"
+CONVERSATIONS = frozenset({CHAT, RESPONSES, ANTHROPIC})  # whose prompts are messages
 # Text Generation Inference's. Its clients post to the URL that they were given, which may be the
 # base URL of OpenAI's clients; SGLang has a /generate too.
 TGI = frozenset({"/", "/v1", "/v1/", "/generate", "/generate_stream"})
 # Need an awake engine: they wait at the gate.
 GENERATES = frozenset(
     {
-        ("POST", "/v1/chat/completions"),
-        ("POST", "/v1/completions"),
-        ("POST", "/v1/responses"),
-        ("POST", "/v1/messages"),
+        *(("POST", path) for path in (CHAT, COMPLETIONS, RESPONSES, ANTHROPIC)),
         *(("POST", path) for path in TGI),
     }
 )

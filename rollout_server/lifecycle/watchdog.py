@@ -18,9 +18,12 @@ _PERIOD = 0.5  # seconds
 
 
 async def watch(
-    config: RolloutConfig, engine: EngineProtocol, lifecycle: Lifecycle, box: StateBox,
+    config: RolloutConfig,
+    engine: EngineProtocol,
+    lifecycle: Lifecycle,
+    box: StateBox,
     restore: Callable[[], None],
-) -> None:  # fmt: skip
+) -> None:
     """Until the server is closed: notice that the engine has died or hangs, and have it replaced;
     have a sync done again that was interrupted with weights half written.
 

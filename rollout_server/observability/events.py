@@ -30,9 +30,12 @@ class Journal:
         self.failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
 
     def happened(
-        self, event: str, level: int = logging.INFO,
-        logger: logging.Logger = logs.LIFECYCLE, **fields: Any,
-    ) -> None:  # fmt: skip
+        self,
+        event: str,
+        level: int = logging.INFO,
+        logger: logging.Logger = logs.LIFECYCLE,
+        **fields: Any,
+    ) -> None:
         """Log something of the lifecycle, and keep it."""
         self.events.append({"time": time.time(), "event": event} | fields)
         logs.tell(logger, level, event, **fields)
@@ -53,9 +56,13 @@ class Journal:
             self.metrics.observe("wake_seconds", report.wake_seconds)
             self.happened("wake", policy_version=report.version, seconds=report.wake_seconds)
         self.happened(
-            "sync", policy_version=report.version, path=report.path, bytes=report.bytes,
-            seconds=report.seconds, verified=report.verified,
-        )  # fmt: skip
+            "sync",
+            policy_version=report.version,
+            path=report.path,
+            bytes=report.bytes,
+            seconds=report.seconds,
+            verified=report.verified,
+        )
 
     @contextlib.contextmanager
     def sleeping(self) -> Iterator[None]:

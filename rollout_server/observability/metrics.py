@@ -25,15 +25,17 @@ COUNTERS = {
     "sessions_ended": ("Sessions ended.", ()),
     "session_calls": ("Calls recorded in sessions.", ()),
     "interrupted_generations": (
-        "Generations that a sync, a sleep or a restart interrupted, and that went on.", ("by",)
+        "Generations that a sync, a sleep or a restart interrupted, and that went on.",
+        ("by",),
     ),
     "engine_restarts": ("Engines started in the place of one that had died.", ()),
     "http_requests": ("Requests answered.", ("route", "status")),
     "loop_held_seconds": (
         "Of the waits in loop_lag_seconds, those past 20 ms, by whose code the loop was at: "
-        "rollout_server's, vllm's, or others' (a thread of the trainer's).", ("by",)
+        "rollout_server's, vllm's, or others' (a thread of the trainer's).",
+        ("by",),
     ),
-}  # fmt: skip
+}
 HISTOGRAMS = {
     "gate_held_seconds": "How long held requests waited at the gate.",
     "sync_seconds": "Syncs of weights, from the call until requests flowed, waking included.",

@@ -63,6 +63,7 @@ def names_a_secret(name: str) -> bool:
 
 def _environment() -> set[str]:
     return {
-        value for name, value in os.environ.items()
+        value
+        for name, value in os.environ.items()
         if len(value) >= _SHORTEST and names_a_secret(name) and not _NUMBERS.fullmatch(value)
-    }  # fmt: skip
+    }

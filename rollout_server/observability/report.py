@@ -48,9 +48,14 @@ class Reported(Protocol):
 
 
 def server_report(
-    server: Reported, why: str, ranks: Ranks, config: Mapping[str, Any], policy: Policy,
-    log: Callable[[], str], journal: Journal,
-) -> Report:  # fmt: skip
+    server: Reported,
+    why: str,
+    ranks: Ranks,
+    config: Mapping[str, Any],
+    policy: Policy,
+    log: Callable[[], str],
+    journal: Journal,
+) -> Report:
     """Of one server; why: it is broken; log: gives the end of its engine's."""
     rank = f"{ranks.rank} of {ranks.size}"
     return report(

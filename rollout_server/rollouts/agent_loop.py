@@ -135,8 +135,9 @@ class AgentLoops:
             GENERAL.warning(
                 "an agent blocks the event loop that async agents share, at %s; those that wait "
                 "go on with another. Await what takes time, or make the agent a plain function",
-                self._loops[-1].whereabouts(), extra={"event": "agents_blocked"},
-            )  # fmt: skip
+                self._loops[-1].whereabouts(),
+                extra={"event": "agents_blocked"},
+            )
             self._loops.append(AgentLoop())
             return True
 

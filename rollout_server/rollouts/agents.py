@@ -92,9 +92,13 @@ class _Rollout:
     """One example and its agent at work, which ends once, whoever is the first to say so."""
 
     def __init__(
-        self, at: int, session: Session, agent: Agent, example: Any,
+        self,
+        at: int,
+        session: Session,
+        agent: Agent,
+        example: Any,
         tell: Callable[[tuple["_Rollout", Outcome]], None],
-    ):  # fmt: skip
+    ):
         """tell: called with (this, its outcome) when there is one, in any thread."""
         self.at = at
         self.outcome: Outcome | None = None
@@ -190,9 +194,12 @@ def _log(outcome: Outcome) -> None:
     error = outcome.error
     if error is not None:
         GENERAL.warning(
-            "a rollout failed: %s: %s", type(error).__name__, error, exc_info=error,
+            "a rollout failed: %s: %s",
+            type(error).__name__,
+            error,
+            exc_info=error,
             extra={"event": "rollout_failed", "session": outcome.session.number},
-        )  # fmt: skip
+        )
 
 
 def _is_async(agent: Agent) -> bool:

@@ -130,9 +130,12 @@ class WeightSync:
                 deaths = EngineDeadError, EngineTimeoutError, StateError
                 with contextlib.suppress(*deaths), self._ranks.busy():
                     self._sync(
-                        time.perf_counter(), _alone, self._config.sync_timeout, verify=False,
+                        time.perf_counter(),
+                        _alone,
+                        self._config.sync_timeout,
+                        verify=False,
                         restoring=True,
-                    )  # fmt: skip
+                    )
 
     def _sync(
         self,

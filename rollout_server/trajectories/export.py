@@ -221,9 +221,13 @@ def from_json_line(line: str) -> Rollout:
 
 
 def _row(
-    tree: TokenTree, leaf: Node, trained: set[Node], reward: float | None,
-    components: Mapping[str, float] | None, metadata: Mapping[str, Any] | None,
-) -> Rollout | None:  # fmt: skip
+    tree: TokenTree,
+    leaf: Node,
+    trained: set[Node],
+    reward: float | None,
+    components: Mapping[str, float] | None,
+    metadata: Mapping[str, Any] | None,
+) -> Rollout | None:
     """The row of a leaf; None if its path has nothing sampled.
 
     trained: the nodes that aren't to be trained any more; those of this row join them.

@@ -43,9 +43,13 @@ class Session:
     """
 
     def __init__(
-        self, server_url: str, clients: _Clients, forget: Callable[["Session"], object],
-        metadata: Mapping[str, Any], recorded: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
+        self,
+        server_url: str,
+        clients: _Clients,
+        forget: Callable[["Session"], object],
+        metadata: Mapping[str, Any],
+        recorded: Callable[[], None] = lambda: None,
+    ):
         """server_url: with "/v1"; clients: the server's `openai` and `async_openai`; forget: called
         with this session at its end; recorded: called with nothing after each call."""
         self.number = next(_numbers)

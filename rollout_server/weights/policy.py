@@ -56,10 +56,13 @@ class Policy:
     def dtype(self) -> str:
         """What "auto" stands for: "float32", "bfloat16" or "float16"."""
         return self.compute_dtype or next(
-            (str(p.dtype).removeprefix("torch.") for p in self.bare.parameters()
-             if p.is_floating_point()),
+            (
+                str(p.dtype).removeprefix("torch.")
+                for p in self.bare.parameters()
+                if p.is_floating_point()
+            ),
             "float32",
-        )  # fmt: skip
+        )
 
     @property
     def gpu(self) -> int | None:

@@ -271,9 +271,14 @@ def _places(pieces: Sequence[Piece]) -> tuple[Any, ...]:
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()
     return (
-        tensor.device, storage.data_ptr(), storage.nbytes(), tensor.storage_offset(),
-        tensor.shape, tensor.stride(), tensor.dtype,
-    )  # fmt: skip
+        tensor.device,
+        storage.data_ptr(),
+        storage.nbytes(),
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+    )
 
 
 def _allow_many_descriptors() -> None:

@@ -31,12 +31,23 @@ def keep_plain() -> None:
 
 
 def _apply(
-    self: Any, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor,
-    w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
-    activation: MoEActivation, global_num_experts: int, expert_map: torch.Tensor | None,
-    a1q_scale: Any, a2_scale: Any, workspace13: Any, workspace2: Any, expert_tokens_meta: Any,
+    self: Any,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    global_num_experts: int,
+    expert_map: torch.Tensor | None,
+    a1q_scale: Any,
+    a2_scale: Any,
+    workspace13: Any,
+    workspace2: Any,
+    expert_tokens_meta: Any,
     apply_router_weight_on_input: bool,
-) -> None:  # fmt: skip
+) -> None:
     """As vLLM's `FusedMoEExpertsModular.apply`: each token's experts, weighted and summed."""
     total = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
     for expert in topk_ids.unique().tolist():

@@ -119,10 +119,17 @@ class _CopyRecorder(Watching):
 
 
 def add_lora_linear(
-    self: Any, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor],
-    lora_b_stacked: Sequence[torch.Tensor], scale: float, output_slices: Sequence[int], *,
-    buffer: Any = None, **kwargs: Any,
-) -> None:  # fmt: skip
+    self: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a_stacked: Sequence[torch.Tensor],
+    lora_b_stacked: Sequence[torch.Tensor],
+    scale: float,
+    output_slices: Sequence[int],
+    *,
+    buffer: Any = None,
+    **kwargs: Any,
+) -> None:
     """In place of `PunicaWrapperCPU.add_lora_linear`: here every request has the one adapter.
 
     vLLM's own copies A and B once for every token, several times the layer's own work.

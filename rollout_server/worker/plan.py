@@ -100,10 +100,11 @@ class Plan:
         was made, and that nothing has `rearranged`."""
         held = {identity(t) for t in [*model.parameters(), *model.buffers()]} - self.rearranged
         return [
-            piece for piece in pieces
+            piece
+            for piece in pieces
             if (copies := self.copies.get(piece.name))
             and all(identity(c.to) in held for c in copies)
-        ]  # fmt: skip
+        ]
 
     def stale(self, model: torch.nn.Module) -> list[str]:
         """Parameters of the model that have other memory than when the plan was made."""
@@ -131,9 +132,11 @@ def merged(copies: list[Copy], spec: TensorSpec) -> list[Copy]:
         return copies
     pairs = sorted((c.offset, c.to.storage_offset()) for c in copies)
     step, to_step = pairs[1][0] - pairs[0][0], pairs[1][1] - pairs[0][1]
-    if step <= 0 or to_step <= 0 or pairs != [
-        (pairs[0][0] + n * step, pairs[0][1] + n * to_step) for n in range(len(pairs))
-    ]:  # fmt: skip
+    if (
+        step <= 0
+        or to_step <= 0
+        or pairs != [(pairs[0][0] + n * step, pairs[0][1] + n * to_step) for n in range(len(pairs))]
+    ):
         return copies
     # Several to a row: apart, so that the tensor can come in rows.
     inside = max(1, _row_size(spec.shape) // step)

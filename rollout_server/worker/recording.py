@@ -18,9 +18,12 @@ from rollout_server.worker.plan import Copy, Fill, Plan, checkpoint_tensors, mer
 
 
 def record(
-    model: Any, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]],
-    write: bool, views: Views | None = None,
-) -> Plan:  # fmt: skip
+    model: Any,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    write: bool,
+    views: Views | None = None,
+) -> Plan:
     """Run `model.load_weights` on `tensors` and write down where each goes.
 
     model: a module of vLLM; specs: of all the trainer's tensors; tensors: by name, contiguous, on

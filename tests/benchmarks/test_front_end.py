@@ -27,18 +27,30 @@ SIZES = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 * MIB}
 # Both: errors alone are logged, so vLLM's statistics are Prometheus's. A thread computes each
 # engine: where others want the cores too, two of them wait for each other.
 SETTINGS = {
-    "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
     # As attach() has it: the worker is inside the engine's process.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1",
-}  # fmt: skip
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 # What attach() chooses of vLLM's.
 SAME = [
-    "--dtype=float32", "--enforce-eager", "--max-num-seqs=256", "--generation-config=vllm",
-    "--logprobs-mode=processed_logprobs", "--enable-auto-tool-choice", "--tool-call-parser=hermes",
-    "--served-model-name=policy", "--disable-uvicorn-access-log", "--host=127.0.0.1",
-    "--distributed-executor-backend=uni", f"--worker-cls={CPU_WORKER}",
-]  # fmt: skip
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-num-seqs=256",
+    "--generation-config=vllm",
+    "--logprobs-mode=processed_logprobs",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+    "--served-model-name=policy",
+    "--disable-uvicorn-access-log",
+    "--host=127.0.0.1",
+    "--distributed-executor-backend=uni",
+    f"--worker-cls={CPU_WORKER}",
+]
 # path, tokens of an answer, requests of a client in a round, whether it streams
 KINDS = {
     "completions": ("/completions", 16, 3, False),
@@ -55,9 +67,12 @@ def attached(folder):
     options = json.dumps(SIZES | {"engine_args": {"max_num_seqs": 256}})
     script = Path(__file__).parent / "front_end" / "attached.py"
     process = subprocess.Popen(
-        [sys.executable, str(script), folder, options], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS,
-    )  # fmt: skip
+        [sys.executable, str(script), folder, options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | SETTINGS,
+    )
 
     def sessions(number):
         process.stdin.write(f"sessions {number}\n")
@@ -79,10 +94,17 @@ def vllms_own(folder):
         port = free.getsockname()[1]
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}",
-         f"--port={port}", *SAME, *sizes],
+        [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            f"--model={folder}",
+            f"--port={port}",
+            *SAME,
+            *sizes,
+        ],
         env=os.environ | SETTINGS,
-    )  # fmt: skip
+    )
     try:
         until = time.monotonic() + 300
         while True:

@@ -67,9 +67,12 @@ def test_http_against_llm_generate(policy, smollm2, tokenizer, tmp_path, report)
 
         async def ask(ids):
             answer = await client.completions.create(
-                model="policy", prompt=ids, max_tokens=TOKENS, logprobs=0,
+                model="policy",
+                prompt=ids,
+                max_tokens=TOKENS,
+                logprobs=0,
                 extra_body={"ignore_eos": True},
-            )  # fmt: skip
+            )
             assert answer.usage.completion_tokens == TOKENS
 
         async def ask_all(work):

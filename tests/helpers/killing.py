@@ -44,9 +44,13 @@ class Doomed:
             self.window, inside = pty.openpty() if terminal else (None, None)
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, str(SCRIPT), str(model_folder), colocate],
-                stdin=inside, stdout=out, stderr=err, env=env, start_new_session=terminal,
+                stdin=inside,
+                stdout=out,
+                stderr=err,
+                env=env,
+                start_new_session=terminal,
                 preexec_fn=_take_terminal if terminal else None,
-            )  # fmt: skip
+            )
             if terminal:
                 os.close(inside)
 

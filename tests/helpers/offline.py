@@ -5,9 +5,9 @@ import asyncio
 import jinja2
 import templates
 
-from rollout_server.http.history import History
-from rollout_server.http.splice import Known, Splicer
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.history import History
+from rollout_server.http.tokens.splice import Known, Splicer
+from rollout_server.http.tokens.texts import Texts
 from rollout_server.trajectories.tree import TokenTree
 
 
@@ -40,9 +40,14 @@ class Server:
 
     def answered(self, turn, prompt):
         node = self.tree.add(
-            prompt, turn.ids, [-1.0] * len(turn.ids), versions=[(0, 0, len(turn.ids))],
-            finish_reason="stop", messages=turn.messages, answer=turn.message,
-        )  # fmt: skip
+            prompt,
+            turn.ids,
+            [-1.0] * len(turn.ids),
+            versions=[(0, 0, len(turn.ids))],
+            finish_reason="stop",
+            messages=turn.messages,
+            answer=turn.message,
+        )
         self.history.add(self.case.name, turn.messages, turn.message, node)
 
     @staticmethod

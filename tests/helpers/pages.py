@@ -24,9 +24,13 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 OPTIONS = {field.name: field for field in dataclasses.fields(RolloutConfig)}
 # What a name stands for in the pages' code.
 OBJECTS = {
-    "server": RolloutServer, "session": Session, "completion": Completion, "report": SyncReport,
-    "SyncReport": SyncReport, "RolloutServer": RolloutServer,
-}  # fmt: skip
+    "server": RolloutServer,
+    "session": Session,
+    "completion": Completion,
+    "report": SyncReport,
+    "SyncReport": SyncReport,
+    "RolloutServer": RolloutServer,
+}
 LOGGERS = ("rollout_server.requests", "rollout_server.lifecycle")
 # Which test runs a command, by its beginning: the test's file, and what in it does.
 RUN_BY = {

@@ -16,11 +16,16 @@ _WIDTH = 128
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Mapping[int, Sequence[int]]):
     """A model that samples of `script[i]`, the first most likely, after token `i`."""
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=_WIDTH,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, tie_word_embeddings=False,
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     model = Qwen2ForCausalLM(config).float()
     assert len(script) < _WIDTH
     with torch.no_grad():

@@ -58,11 +58,21 @@ def greedy(server, prompt_ids, tokens=12):
 
 def trl_settings(folder, **options):
     """Fields of a TRL config for a few short steps on the CPU."""
-    return dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], save_strategy="no",
-        logging_steps=1, learning_rate=1e-3, num_generations=4, max_completion_length=8,
-        disable_tqdm=True,
-    ) | options  # fmt: skip
+    return (
+        dict(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            learning_rate=1e-3,
+            num_generations=4,
+            max_completion_length=8,
+            disable_tqdm=True,
+        )
+        | options
+    )
 
 
 def trainer_logprobs(model, prompt_ids, ids):

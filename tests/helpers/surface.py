@@ -13,22 +13,47 @@ from rollout_server.http import routes
 _JSON = {"content": {"application/json": {"schema": {}}}}
 # Those that vLLM's app doesn't know of.
 _OURS = {
-    "/generate": {"type": "object", "properties": {
-        "input_ids": {"type": "array", "items": {"type": "integer"}},
-        "text": {"type": "string"}, "stream": {"type": "boolean"},
-        "sampling_params": {"type": "object", "properties": {
-            "temperature": {"type": "number"}, "max_new_tokens": {"type": "integer", "maximum": 4},
-            "stop": {"type": "array", "items": {"type": "string"}}}}}},
-    "/": {"type": "object", "properties": {
-        "inputs": {"type": "string"}, "stream": {"type": "boolean"},
-        "parameters": {"type": "object", "properties": {
-            "temperature": {"type": "number"}, "details": {"type": "boolean"},
-            "max_new_tokens": {"type": "integer", "maximum": 4},
-            "truncate": {"type": "integer"}, "do_sample": {"type": "boolean"}}}}},
-    "/v1/reward": {"type": "object", "properties": {
-        "reward": {"type": "number"}, "components": {
-            "type": "object", "additionalProperties": {"type": "number"}}}},
-}  # fmt: skip
+    "/generate": {
+        "type": "object",
+        "properties": {
+            "input_ids": {"type": "array", "items": {"type": "integer"}},
+            "text": {"type": "string"},
+            "stream": {"type": "boolean"},
+            "sampling_params": {
+                "type": "object",
+                "properties": {
+                    "temperature": {"type": "number"},
+                    "max_new_tokens": {"type": "integer", "maximum": 4},
+                    "stop": {"type": "array", "items": {"type": "string"}},
+                },
+            },
+        },
+    },
+    "/": {
+        "type": "object",
+        "properties": {
+            "inputs": {"type": "string"},
+            "stream": {"type": "boolean"},
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "temperature": {"type": "number"},
+                    "details": {"type": "boolean"},
+                    "max_new_tokens": {"type": "integer", "maximum": 4},
+                    "truncate": {"type": "integer"},
+                    "do_sample": {"type": "boolean"},
+                },
+            },
+        },
+    },
+    "/v1/reward": {
+        "type": "object",
+        "properties": {
+            "reward": {"type": "number"},
+            "components": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
+    },
+}
 _LENGTH_OF = {"/chat/completions": "max_tokens", "/responses": "max_output_tokens"}
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 
@@ -86,9 +111,13 @@ def _send(client, root, operation, cases, number, counts):
 
     @seed(number)
     @settings(
-        max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate], print_blob=False,
-    )  # fmt: skip
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        print_blob=False,
+    )
     @given(operation.as_strategy())
     def send(case):
         options = case.as_transport_kwargs(base_url=root)
@@ -96,9 +125,12 @@ def _send(client, root, operation, cases, number, counts):
         if isinstance(request, dict):
             _shorten(operation.path, request)
         answer = client.request(
-            options["method"], options["url"], params=options.get("params"), json=request,
+            options["method"],
+            options["url"],
+            params=options.get("params"),
+            json=request,
             headers={"authorization": ""} if inside else None,
-        )  # fmt: skip
+        )
         counts[answer.status_code] += 1
         told = f"{operation.method} {operation.path} {request!r}: {answer.text[:500]}"
         assert answer.status_code < 500 or answer.status_code == 503, told

@@ -7,7 +7,15 @@ that names a file, an address, code, or another engine is refused.
 
 from typing import NamedTuple
 
+from rollout_server import vllm_compat
+
 VERSION = (0, 32)
+
+
+def vllms_app():
+    """vLLM's FastAPI app with its routes, without an engine."""
+    build_app, _ = vllm_compat.app_builders()
+    return build_app(vllm_compat.frontend_arguments(), ("generate",), None)
 
 
 class Fields(NamedTuple):

@@ -86,9 +86,11 @@ def test_geminis_openai_surface(server):
                 messages.append({"role": "user", "content": f"Question {turn}?"})
                 thinking = {"google": {"thinking_config": {"thinking_budget": 100}}}
                 answer = client.chat.completions.create(
-                    model="gemini-2.5-flash", messages=messages, max_tokens=8,
+                    model="gemini-2.5-flash",
+                    messages=messages,
+                    max_tokens=8,
                     extra_body={"extra_body": thinking},
-                )  # fmt: skip
+                )
                 messages.append(answer.choices[0].message.model_dump(exclude_none=True))
             assert goes_on(session)
 
@@ -107,9 +109,13 @@ def test_a_tool_call_that_is_cut_off_prints_nothing(server, monkeypatch):
         for most in (1, 8, 14):
             for stream in (False, True):
                 answer = client.chat.completions.create(
-                    model="policy", messages=HELLO, tools=[tool], max_tokens=most, stream=stream,
+                    model="policy",
+                    messages=HELLO,
+                    tools=[tool],
+                    max_tokens=most,
+                    stream=stream,
                     extra_body=grammar,
-                )  # fmt: skip
+                )
                 if stream:
                     list(answer)
     assert "Traceback" not in printed.getvalue()
@@ -118,10 +124,17 @@ def test_a_tool_call_that_is_cut_off_prints_nothing(server, monkeypatch):
 def test_sglangs_generate(server):
     """As slime's rollout functions call it."""
     fields = {
-        "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 8, "stop": None,
-        "stop_token_ids": None, "skip_special_tokens": False, "no_stop_trim": True,
-        "spaces_between_special_tokens": False, "ignore_eos": True,
-    }  # fmt: skip
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_new_tokens": 8,
+        "stop": None,
+        "stop_token_ids": None,
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+        "spaces_between_special_tokens": False,
+        "ignore_eos": True,
+    }
     with server.session() as session:
         url = session.base_url.removesuffix("/v1") + "/generate"
         prompt = [21, 22, 23]
@@ -146,12 +159,14 @@ def test_sglangs_generate(server):
         grown = [json.loads(line[6:])["output_ids"] for line in lines[:-1]]
         assert len(grown[-1]) == 8 and grown[-1][: len(grown[0])] == grown[0]
         for bad, named in (
-            ({"input_ids": [10**9]}, "input_ids[0][0]"), ({}, "give one of them"),
+            ({"input_ids": [10**9]}, "input_ids[0][0]"),
+            ({}, "give one of them"),
             ({"input_ids": [1], "sampling_params": {"tempratur": 1}}, "tempratur"),
-            ({"input_ids": []}, "is empty"), ({"text": 5}, "text"),
+            ({"input_ids": []}, "is empty"),
+            ({"text": 5}, "text"),
             ({"input_ids": [1], "unheard_of": 5}, "unheard_of"),
             ({"input_ids": [1] * 5000}, "maximum context length"),
-        ):  # fmt: skip
+        ):
             refused = httpx.post(url, json=bad)
             assert refused.status_code == 400 and named in refused.json()["error"]["message"]
 
@@ -190,9 +205,11 @@ def test_completions_are_recorded(server):
         prompt = [21, 22, 23]
         for _ in range(2):
             answer = client.completions.create(
-                model="policy", prompt=prompt, max_tokens=6,
+                model="policy",
+                prompt=prompt,
+                max_tokens=6,
                 extra_body={"return_token_ids": True, "ignore_eos": True},
-            )  # fmt: skip
+            )
             prompt = [*prompt, *answer.choices[0].model_dump()["token_ids"], 24]
         assert goes_on(session)
 
@@ -200,9 +217,13 @@ def test_completions_are_recorded(server):
 def test_a_stream_over_three_syncs_is_one_answer(server):
     """Weights didn't change, so neither do greedy tokens; the versions of each are told."""
     asked = dict(
-        model="policy", messages=[{"role": "user", "content": "Count."}], temperature=0,
-        max_tokens=240, logprobs=True, extra_body={"ignore_eos": True},
-    )  # fmt: skip
+        model="policy",
+        messages=[{"role": "user", "content": "Count."}],
+        temperature=0,
+        max_tokens=240,
+        logprobs=True,
+        extra_body={"ignore_eos": True},
+    )
     with server.openai() as client:
         undisturbed = sampled(client.chat.completions.create(**asked))[1]
     before = server.policy_version
@@ -241,9 +262,11 @@ async def test_requests_that_are_held_over_a_sleep_are_answered_once(server):
 
     async def ask(client, text):
         answer = await client.chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": text}], max_tokens=2,
+            model="policy",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=2,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         return answer.id
 
     await asyncio.to_thread(server.sleep)
@@ -262,9 +285,12 @@ async def test_requests_that_are_held_over_a_sleep_are_answered_once(server):
 def test_a_client_that_goes_away_frees_its_generation(server):
     with server.session() as session, session.openai() as client:
         stream = client.chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": "Count."}], stream=True,
-            max_tokens=900, extra_body={"ignore_eos": True},
-        )  # fmt: skip
+            model="policy",
+            messages=[{"role": "user", "content": "Count."}],
+            stream=True,
+            max_tokens=900,
+            extra_body={"ignore_eos": True},
+        )
         next(iter(stream))
         stream.close()
         # An answer that nobody has isn't part of the conversation.
@@ -290,9 +316,11 @@ async def test_openai_agents(server, model):
     with server.session() as session:
         client = session.async_openai()
         agent = agents.Agent(
-            name="a", instructions="Be short.", model=model("policy", client),
+            name="a",
+            instructions="Be short.",
+            model=model("policy", client),
             model_settings=ENDS,
-        )  # fmt: skip
+        )
         history = []
         for turn in range(2):
             history.append({"role": "user", "content": f"Question {turn}?"})
@@ -319,10 +347,13 @@ async def test_openai_agents_calls_a_tool(server, tokenizer, model):
         client = session.async_openai()
         calls = agents.ModelSettings(extra_body={"structured_outputs": {"regex": CALL}})
         agent = agents.Agent(
-            name="a", instructions="Be short.", model=model("policy", client), tools=[look_up],
+            name="a",
+            instructions="Be short.",
+            model=model("policy", client),
+            tools=[look_up],
             tool_use_behavior="stop_on_first_tool",
             model_settings=ENDS.resolve(calls),
-        )  # fmt: skip
+        )
         result = await agents.Runner.run(agent, "Look it up.")
         assert result.final_output == "It is 4."
         history = [*result.to_input_list(), {"role": "user", "content": "And now?"}]

@@ -81,10 +81,13 @@ def test_a_stream_tells_its_tokens_and_is_recorded(server):
     with server.session() as session, session.openai() as client:
         events = list(
             client.chat.completions.create(
-                model="policy", messages=[{"role": "user", "content": "Hello"}], stream=True,
-                logprobs=True, **SAMPLING,
+                model="policy",
+                messages=[{"role": "user", "content": "Hello"}],
+                stream=True,
+                logprobs=True,
+                **SAMPLING,
             )
-        )  # fmt: skip
+        )
         last = next(e for e in events if e.choices and e.choices[0].finish_reason)
         delta = last.choices[0].delta.model_dump()
         assert len(delta["generation_token_ids"]) == len(delta["generation_log_probs"]) == 12
@@ -92,12 +95,15 @@ def test_a_stream_tells_its_tokens_and_is_recorded(server):
         assert spans == [[{"version": server.policy_version, "start": 0, "end": 12}]]
         content = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
         answer = client.chat.completions.create(
-            model="policy", logprobs=True, **SAMPLING,
+            model="policy",
+            logprobs=True,
+            **SAMPLING,
             messages=[
-                {"role": "user", "content": "Hello"}, {"role": "assistant", "content": content},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": content},
                 {"role": "user", "content": "And?"},
             ],
-        )  # fmt: skip
+        )
         known = delta["prompt_token_ids"] + delta["generation_token_ids"]
         assert sampled(answer)[0][: len(known)] == known
     assert len(session.trajectory()) == 1

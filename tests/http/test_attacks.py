@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from support import MIB, eventually
+from vllm_fields import vllms_app
 
 from rollout_server import RolloutConfig
 from rollout_server.errors import ConfigError
@@ -132,10 +133,13 @@ def test_a_session_opens_itself_alone(answering):
         for theirs in ({"authorization": f"Bearer {other.api_key}"}, {"x-api-key": other.api_key}):
             assert httpx.post(url + CHAT, json=chat()[1], headers=theirs).status_code == 401
         for path in (
-            f"/sessions/{mine.id[:-1]}/v1/models", f"/sessions/{mine.id.swapcase()}/v1/models",
-            f"/sessions//{mine.id}/v1/models", f"//sessions/{mine.id}/v1/models",
-            f"/sessions/{mine.id}%00/v1/models", "/sessions/%2e/v1/models",
-        ):  # fmt: skip
+            f"/sessions/{mine.id[:-1]}/v1/models",
+            f"/sessions/{mine.id.swapcase()}/v1/models",
+            f"/sessions//{mine.id}/v1/models",
+            f"//sessions/{mine.id}/v1/models",
+            f"/sessions/{mine.id}%00/v1/models",
+            "/sessions/%2e/v1/models",
+        ):
             assert httpx.get(root(server) + path).status_code == 401, path
         for path in (f"/sessions/{mine.id}/sessions/{other.id}{CHAT}", f"/v1/../{mine.id}{CHAT}"):
             answer = httpx.post(root(server) + path, json=chat()[1], headers=key(server))
@@ -149,8 +153,12 @@ def test_keys_are_told_nowhere(answering, capfd, caplog, tmp_path):
     with server.session() as session:
         secrets = [server.api_key, session.api_key, session.id]
         url = session.base_url.removesuffix("/v1")
-        told = [repr(server), server._repr_html_(), repr(session), repr(RolloutConfig(
-            api_key=server.api_key))]  # fmt: skip
+        told = [
+            repr(server),
+            server._repr_html_(),
+            repr(session),
+            repr(RolloutConfig(api_key=server.api_key)),
+        ]
         for _ in range(2):
             told += [httpx.post(url + CHAT, json=chat()[1], timeout=30).text]
             told += [httpx.post(url + "/nothing", json={}).text, httpx.get(url + CHAT).text]
@@ -186,8 +194,6 @@ def test_no_other_origin_is_let_in(server):
 
 def vllm_routes(app):
     """Each (method, path) that vLLM's app has, {parameters} filled in."""
-    while not hasattr(app, "routes"):
-        app = app._app
     waiting, found = [*app.routes], set()
     while waiting:
         route = waiting.pop()
@@ -269,21 +275,49 @@ class Listening:
 def test_no_route_but_those_of_the_list(answering):
     """Every route of vLLM's own app, under every disguise and method."""
     server = answering
-    app = server._endpoint._listener._server.config.loaded_app
-    every = vllm_routes(app)
+    every = vllm_routes(vllms_app())
     assert len(every) > 20
     # What vLLM registers in other set-ups (development mode, LoRA, elastic, profiler, ...).
-    every |= {("POST", path) for path in (
-        "/sleep", "/wake_up", "/collective_rpc", "/pause", "/resume", "/reset_prefix_cache",
-        "/reset_mm_cache", "/reset_encoder_cache", "/init_weight_transfer_engine",
-        "/update_weights", "/start_weight_update", "/finish_weight_update", "/scale_elastic_ep",
-        "/is_scaling_elastic_ep", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
-        "/start_profile", "/stop_profile", "/abort_requests", "/invocations", "/fault_tolerance",
-    )}  # fmt: skip
-    every |= {("GET", path) for path in (
-        "/is_sleeping", "/is_paused", "/server_info", "/tokenizer_info", "/get_world_size", "/load",
-        "/ping", "/redoc", "/docs/oauth2-redirect",
-    )}  # fmt: skip
+    every |= {
+        ("POST", path)
+        for path in (
+            "/sleep",
+            "/wake_up",
+            "/collective_rpc",
+            "/pause",
+            "/resume",
+            "/reset_prefix_cache",
+            "/reset_mm_cache",
+            "/reset_encoder_cache",
+            "/init_weight_transfer_engine",
+            "/update_weights",
+            "/start_weight_update",
+            "/finish_weight_update",
+            "/scale_elastic_ep",
+            "/is_scaling_elastic_ep",
+            "/v1/load_lora_adapter",
+            "/v1/unload_lora_adapter",
+            "/start_profile",
+            "/stop_profile",
+            "/abort_requests",
+            "/invocations",
+            "/fault_tolerance",
+        )
+    }
+    every |= {
+        ("GET", path)
+        for path in (
+            "/is_sleeping",
+            "/is_paused",
+            "/server_info",
+            "/tokenizer_info",
+            "/get_world_size",
+            "/load",
+            "/ping",
+            "/redoc",
+            "/docs/oauth2-redirect",
+        )
+    }
     refused = [(m, p) for m, p in every if not routes.known(m, p) and not routes.methods(p)]
     assert len(refused) > 30
     states = server.state, server.policy_version
@@ -321,20 +355,41 @@ for _ in range(70):
 
 REFUSED = {
     # templates and what renders them
-    "template": (*chat(chat_template="{{ cycler.__init__.__globals__.os.popen('id') }}"),
-                 "chat_template"),
-    "template of /tokenize": ("/tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"},
-                              "chat_template"),
-    **{f"template by kwargs: {name}": (*chat(chat_template_kwargs={name: value}),
-                                       f"chat_template_kwargs.{name}")
-       for name, value in {
-           "chat_template": "{{ 1 }}", "tokenize": True, "tools": [], "conversation": [],
-           "messages": [], "documents": [], "return_dict": True, "return_tensors": "pt",
-           "padding": True, "truncation": True, "max_length": 1, "tokenizer_kwargs": {},
-           "return_assistant_tokens_mask": True, "__class__": 1,
-       }.items()},
-    "template kwargs of Responses": (*response(chat_template_kwargs={"chat_template": "x"}),
-                                     "chat_template"),
+    "template": (
+        *chat(chat_template="{{ cycler.__init__.__globals__.os.popen('id') }}"),
+        "chat_template",
+    ),
+    "template of /tokenize": (
+        "/tokenize",
+        {"messages": MESSAGES, "chat_template": "{{ 1 }}"},
+        "chat_template",
+    ),
+    **{
+        f"template by kwargs: {name}": (
+            *chat(chat_template_kwargs={name: value}),
+            f"chat_template_kwargs.{name}",
+        )
+        for name, value in {
+            "chat_template": "{{ 1 }}",
+            "tokenize": True,
+            "tools": [],
+            "conversation": [],
+            "messages": [],
+            "documents": [],
+            "return_dict": True,
+            "return_tensors": "pt",
+            "padding": True,
+            "truncation": True,
+            "max_length": 1,
+            "tokenizer_kwargs": {},
+            "return_assistant_tokens_mask": True,
+            "__class__": 1,
+        }.items()
+    },
+    "template kwargs of Responses": (
+        *response(chat_template_kwargs={"chat_template": "x"}),
+        "chat_template",
+    ),
     "kwargs that are none": (*chat(chat_template_kwargs="x"), "chat_template_kwargs"),
     "processor": (*chat(mm_processor_kwargs={"num_crops": 10**6}), "mm_processor_kwargs"),
     "media reader": (*chat(media_io_kwargs={"image": {"mode": "x"}}), "media_io_kwargs"),
@@ -347,10 +402,15 @@ REFUSED = {
     # code
     "pickled embeddings": (*completion(prompt_embeds="gASVBQ=="), "prompt_embeds"),
     "pickled embeddings in a message": (
-        *chat(messages=with_part(image_embeds="gASV")), "image_embeds"),
+        *chat(messages=with_part(image_embeds="gASV")),
+        "image_embeds",
+    ),
     "logits processor": (*chat(logits_processors=["os.system"]), "logits_processors"),
-    "SGLang's logits processor": ("/generate", {"input_ids": [5], "custom_logit_processor": "x"},
-                                  "custom_logit_processor"),
+    "SGLang's logits processor": (
+        "/generate",
+        {"input_ids": [5], "custom_logit_processor": "x"},
+        "custom_logit_processor",
+    ),
     "an adapter": (*chat(lora_request={"lora_path": "/etc"}), "lora_request"),
     # what vLLM would drop
     "backend": (*chat(guided_decoding_backend="outlines"), "guided_decoding_backend"),
@@ -367,15 +427,21 @@ REFUSED = {
     "all of top_logprobs": (*chat(logprobs=True, top_logprobs=-1), "logprobs"),
     "top_logprobs": (*chat(logprobs=True, top_logprobs=49152), "logprobs"),
     "logprobs": (*completion(logprobs=49152), "logprobs"),
-    "logprobs, native": ("/generate", {"input_ids": [5], "return_logprob": True,
-                                       "top_logprobs_num": 49152}, "logprobs"),
+    "logprobs, native": (
+        "/generate",
+        {"input_ids": [5], "return_logprob": True, "top_logprobs_num": 49152},
+        "logprobs",
+    ),
     "prompt_logprobs": (*completion(prompt_logprobs=-1), "prompt logprobs"),
     "echoed logprobs": (*completion(echo=True, logprobs=49152), "logprobs"),
     "large number": (*completion(max_tokens=2**63), "64 bits"),
     "prompt": (*completion(prompt="a " * 10**6), "maximum context length"),
     "text to tokenise": ("/tokenize", {"prompt": "a" * (MIB + 1)}, "prompt"),
     "messages to tokenise": (
-        "/tokenize", {"messages": [{"role": "user", "content": "a" * 2 * MIB}]}, "messages"),
+        "/tokenize",
+        {"messages": [{"role": "user", "content": "a" * 2 * MIB}]},
+        "messages",
+    ),
     "tokens to detokenise": ("/detokenize", {"tokens": [5] * (MIB + 1)}, "tokens"),
     "stop strings": (*completion(stop=["a"] * 100), "stop"),
     "a stop string": (*completion(stop=["a" * 10**6]), "stop"),
@@ -387,31 +453,74 @@ REFUSED = {
     "infinite bias": (COMPLETIONS, b'{"prompt": [5], "logit_bias": {"5": 1e999}}', "logit_bias"),
     "request id": (*chat(request_id="a" * 10**6), "request_id"),
     # grammars
-    "large grammar": (*chat(structured_outputs={
-        "grammar": "root ::= " + " | ".join(f'"{i}"' for i in range(50_000))}),
-        "structured_outputs"),
-    "long regex": (*chat(structured_outputs={"regex": "(a|b)*a" + "(a|b)" * 2000}),
-                   "structured_outputs.regex"),
-    "regex of repeats": (*chat(structured_outputs={"regex": "((a{1,1000}){1,1000}){1,1000}"}),
-                         "structured_outputs.regex"),
-    "choices": (*chat(structured_outputs={"choice": [str(i) for i in range(2000)]}),
-                "structured_outputs.choice"),
+    "large grammar": (
+        *chat(
+            structured_outputs={
+                "grammar": "root ::= " + " | ".join(f'"{i}"' for i in range(50_000))
+            }
+        ),
+        "structured_outputs",
+    ),
+    "long regex": (
+        *chat(structured_outputs={"regex": "(a|b)*a" + "(a|b)" * 2000}),
+        "structured_outputs.regex",
+    ),
+    "regex of repeats": (
+        *chat(structured_outputs={"regex": "((a{1,1000}){1,1000}){1,1000}"}),
+        "structured_outputs.regex",
+    ),
+    "choices": (
+        *chat(structured_outputs={"choice": [str(i) for i in range(2000)]}),
+        "structured_outputs.choice",
+    ),
     "enum": (*chat(response_format=schema(enum=list(range(2000)))), "enum"),
     "repeats in a schema": (
-        *chat(response_format=schema(type="string", pattern="(a{9,999}){9,999}")), "pattern"),
+        *chat(response_format=schema(type="string", pattern="(a{9,999}){9,999}")),
+        "pattern",
+    ),
     "items": (*chat(response_format=schema(type="array", minItems=10**9)), "minItems"),
-    "a schema as text": (*chat(structured_outputs={"json": json.dumps(
-        {"type": "string", "maxLength": 10**9})}), "structured_outputs.json.maxLength"),
+    "a schema as text": (
+        *chat(structured_outputs={"json": json.dumps({"type": "string", "maxLength": 10**9})}),
+        "structured_outputs.json.maxLength",
+    ),
     "a schema that is a number": (*chat(structured_outputs={"json": 5}), "structured_outputs"),
     "a grammar that is a number": (*chat(structured_outputs=5), "structured_outputs"),
-    "a schema that refers to itself": (*chat(response_format=schema(**{
-        "$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})), "grammar"),
-    "a tool's schema": (*chat(tool_choice="required", tools=[{"type": "function", "function": {
-        "name": "f", "parameters": {"type": "object", "properties": {
-            "a": {"type": "string", "minLength": 10**9}}}}}]), "minLength"),
-    "schema of Responses": (*response(text={"format": {
-        "type": "json_schema", "name": "a", "schema": {
-            "type": "string", "pattern": "(a{1,999}){1,999}"}}}), "pattern"),
+    "a schema that refers to itself": (
+        *chat(
+            response_format=schema(**{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+        ),
+        "grammar",
+    ),
+    "a tool's schema": (
+        *chat(
+            tool_choice="required",
+            tools=[
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "f",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"a": {"type": "string", "minLength": 10**9}},
+                        },
+                    },
+                }
+            ],
+        ),
+        "minLength",
+    ),
+    "schema of Responses": (
+        *response(
+            text={
+                "format": {
+                    "type": "json_schema",
+                    "name": "a",
+                    "schema": {"type": "string", "pattern": "(a{1,999}){1,999}"},
+                }
+            }
+        ),
+        "pattern",
+    ),
     "deep schema": (*chat(response_format=schema(**_DEEP)), "nested"),
     # bodies
     "deep": (CHAT, b"[" * 100_000, "nested"),
@@ -439,7 +548,7 @@ REFUSED = {
     "native objects": (*generate(structured_outputs={"regex": "a"}), "structured_outputs"),
     "native output kind": (*generate(output_kind=7), "output_kind"),
     "native id": ("/generate", {"input_ids": [5], "rid": {"a": 1}}, "rid"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attack", REFUSED)
@@ -469,8 +578,11 @@ MEDIA = {
     ),
     "tool's result": lambda url: chat(
         messages=[
-            {"role": "tool", "tool_call_id": "1",
-             "content": [{"type": "image_url", "image_url": url}]},
+            {
+                "role": "tool",
+                "tool_call_id": "1",
+                "content": [{"type": "image_url", "image_url": url}],
+            },
         ]
     ),
     "Responses": lambda url: response(
@@ -480,34 +592,55 @@ MEDIA = {
         input=[{"role": "user", "content": [{"type": "input_file", "file_url": url}]}]
     ),
     "output of Responses": lambda url: response(
-        input=[{"type": "function_call_output", "call_id": "1",
-                "output": [{"type": "input_image", "image_url": url}]}]
+        input=[
+            {
+                "type": "function_call_output",
+                "call_id": "1",
+                "output": [{"type": "input_image", "image_url": url}],
+            }
+        ]
     ),
     "Anthropic": lambda url: anthropic(
         messages=with_part(image=None, source={"type": "url", "url": url})
     ),
     "Anthropic's tool result": lambda url: anthropic(
-        messages=[{"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "1", "content": [
-                {"type": "image", "source": {"type": "url", "url": url}}]}]}]
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "1",
+                        "content": [{"type": "image", "source": {"type": "url", "url": url}}],
+                    }
+                ],
+            }
+        ]
     ),
     "/tokenize": lambda url: ("/tokenize", {"messages": with_part(image_url={"url": url})}),
-    "count_tokens": lambda url: (ANTHROPIC + "/count_tokens", {
-        "model": "policy", "messages": with_part(image=None, source={"type": "url", "url": url})}),
+    "count_tokens": lambda url: (
+        ANTHROPIC + "/count_tokens",
+        {"model": "policy", "messages": with_part(image=None, source={"type": "url", "url": url})},
+    ),
     "MCP": lambda url: response(
         tools=[{"type": "mcp", "server_label": "a", "server_url": url, "require_approval": "never"}]
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MEDIA)
 def test_nothing_is_fetched(answering, kind):
     with Listening() as listening:
         for url in (
-            f"http://127.0.0.1:{listening.port}/a.png", f"HTTP://127.0.0.1:{listening.port}/a",
-            f" http://127.0.0.1:{listening.port}/", f"https://127.0.0.1:{listening.port}/a",
-            "file:///etc/passwd", "/etc/passwd", "ftp://127.0.0.1/", "data :,a",
-        ):  # fmt: skip
+            f"http://127.0.0.1:{listening.port}/a.png",
+            f"HTTP://127.0.0.1:{listening.port}/a",
+            f" http://127.0.0.1:{listening.port}/",
+            f"https://127.0.0.1:{listening.port}/a",
+            "file:///etc/passwd",
+            "/etc/passwd",
+            "ftp://127.0.0.1/",
+            "data :,a",
+        ):
             answer = post(answering, *MEDIA[kind](url))
             assert answer.status_code == 400, (url, answer.text)
             assert "root:" not in answer.text
@@ -610,9 +743,11 @@ def test_requests_of_two_lengths_are_refused(answering):
     for fields in (
         ["content-length: 4", "transfer-encoding: chunked"],
         ["content-length: 4", "content-length: 5"],
-        ["content-length: -1"], ["content-length: 1e9"], ["content-length: 99999999999999999999"],
+        ["content-length: -1"],
+        ["content-length: 1e9"],
+        ["content-length: 99999999999999999999"],
         ["transfer-encoding: chunked, identity"],
-    ):  # fmt: skip
+    ):
         answer = smuggled(answering, *fields, body=b"4\r\nabcd\r\n0\r\n\r\n")
         assert answer.split(b" ", 2)[1] in (b"400", b"413"), (fields, answer)
 
@@ -620,11 +755,15 @@ def test_requests_of_two_lengths_are_refused(answering):
 def test_garbage_is_refused(answering):
     for garbage in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100) + b"\r\n\r\n",
-        b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 1000,
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x00" * 1000,
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET /\x00 HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\na\x00b: c\r\n\r\n",
-        b"GET / HTTP/1.1\r\n: c\r\n\r\n", b"GET http:// HTTP/1.1\r\nhost: x\r\n\r\n",
-    ):  # fmt: skip
+        b"GET /\x00 HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\na\x00b: c\r\n\r\n",
+        b"GET / HTTP/1.1\r\n: c\r\n\r\n",
+        b"GET http:// HTTP/1.1\r\nhost: x\r\n\r\n",
+    ):
         answer = raw(answering, garbage)
         assert answer.split(b" ", 2)[1] in (b"400", b"401", b"404", b"505"), (garbage, answer)
 
@@ -682,7 +821,9 @@ def test_large_bodies_are_refused(answering):
 def test_chunked_bodies_are_taken(answering):
     body = json.dumps(completion()[1]).encode()
     answer = httpx.post(
-        root(answering) + COMPLETIONS, content=(bytes([b]) for b in body), timeout=30,
+        root(answering) + COMPLETIONS,
+        content=(bytes([b]) for b in body),
+        timeout=30,
         headers=key(answering) | {"content-type": "application/json"},
-    )  # fmt: skip
+    )
     assert answer.status_code == 200, answer.text

@@ -16,10 +16,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_fastapi_instrumentator import Instrumentator
 from pydantic import BaseModel, model_validator
 from starlette.middleware.cors import CORSMiddleware
+from vllm_fields import vllms_app
 
 from rollout_server.http.body import LARGE
-from rollout_server.http.direct import DirectEndpoints
-from rollout_server.http.intake import BODY, REQUEST, SIZE, Handed
+from rollout_server.http.middleware.body_limit import ReplayBody
+from rollout_server.http.middleware.direct import DirectEndpoints
+from rollout_server.http.scope import BODY, REQUEST, SIZE
 
 CHAT = "/v1/chat/completions"
 
@@ -124,7 +126,7 @@ def ways():
     """FastAPI's way alone, and the direct one in front of it, each with its registry."""
     registries = CollectorRegistry(), CollectorRegistry()
     apps = [vllm(registry) for registry in registries]
-    yield (Handed(apps[0]), DirectEndpoints(Handed(apps[1]), apps[1])), apps, registries
+    yield (ReplayBody(apps[0]), DirectEndpoints(ReplayBody(apps[1]), apps[1])), apps, registries
 
 
 ASKED = {"messages": [{"role": "user", "text": "Hi"}]}
@@ -194,15 +196,13 @@ async def test_an_app_with_middleware_that_is_not_known_is_left_alone():
         answer.headers["x-other"] = "1"
         return answer
 
-    answer = await post(DirectEndpoints(Handed(app), app), ASKED)
+    answer = await post(DirectEndpoints(ReplayBody(app), app), ASKED)
     assert answer.headers["x-other"] == "1"
     assert app.state.calls == [True]
 
 
-def test_vllms_own_endpoints_are_called_directly(server):
+def test_vllms_own_endpoints_are_called_directly():
     """An upgrade of vLLM that changes how they are built would send all requests the long way."""
-    layer = server._endpoint._listener._server.config.loaded_app
-    while not isinstance(layer, DirectEndpoints):
-        layer = layer._app
+    app = vllms_app()
     paths = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
-    assert layer._endpoints.keys() == paths
+    assert DirectEndpoints(app, app).paths == paths

@@ -4,11 +4,14 @@ import typing
 
 import pytest
 import vllm_fields as table
+from vllm_fields import vllms_app
 
 from rollout_server import vllm_compat
-from rollout_server.http import options, routes, tokens
+from rollout_server.http import routes
 from rollout_server.http.refusals import refuse_content
-from rollout_server.http.tokens import BadRequest
+from rollout_server.http.responses import BadRequest
+from rollout_server.http.tokens import fields as tokens
+from rollout_server.http.tokens import options
 
 ANY = ("x", 1, ["x"], {"x": "x"})
 
@@ -16,10 +19,8 @@ ANY = ("x", 1, ["x"], {"x": "x"})
 @pytest.fixture(scope="module")
 def models():
     """(path, model) of each request that a route of vLLM's which is served takes."""
-    build_app, _ = vllm_compat.app_builders()
-    app = build_app(vllm_compat.frontend_arguments(), ("generate",), None)
     found = []
-    for route in app.routes:
+    for route in vllms_app().routes:
         if routes.known("POST", route.path) and "POST" in (getattr(route, "methods", None) or ()):
             for body in route.dependant.body_params:
                 kind = body.field_info.annotation

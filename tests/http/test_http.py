@@ -46,9 +46,14 @@ def test_chat(client, server, tokenizer):
 
 def test_chat_with_n_and_logprobs(client, shared_model, tokenizer):
     answer = client.chat.completions.create(
-        model="policy", messages=MESSAGES, n=4, max_tokens=5, logprobs=True, top_logprobs=3,
+        model="policy",
+        messages=MESSAGES,
+        n=4,
+        max_tokens=5,
+        logprobs=True,
+        top_logprobs=3,
         extra_body={"ignore_eos": True, "return_token_ids": True},
-    )  # fmt: skip
+    )
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
     for choice in answer.choices:
         ids = choice.token_ids
@@ -84,9 +89,13 @@ async def test_the_async_client(server):
 
 def test_completions(client, server, shared_model):
     answer = client.completions.create(
-        model="policy", prompt=[5, 6, 7], max_tokens=6, logprobs=1, temperature=0,
+        model="policy",
+        prompt=[5, 6, 7],
+        max_tokens=6,
+        logprobs=1,
+        temperature=0,
         extra_body={"return_token_ids": True, "ignore_eos": True},
-    )  # fmt: skip
+    )
     choice = answer.choices[0]
     own = trainer_logprobs(shared_model, [5, 6, 7], choice.token_ids)
     expected = own[range(6), choice.token_ids].tolist()
@@ -160,12 +169,25 @@ def test_health_and_metrics(server):
 @pytest.mark.parametrize(
     "path",
     [
-        "/sleep", "/wake_up", "/pause", "/resume", "/collective_rpc", "/update_weights",
-        "/init_weight_transfer_engine", "/reset_prefix_cache", "/scale_elastic_ep", "/invocations",
-        "/v1/load_lora_adapter", "/inference/v1/generate", "/abort_requests", "/start_profile",
-        "/v1/chat/completions/batch", "//sleep", "/v1/../sleep",
+        "/sleep",
+        "/wake_up",
+        "/pause",
+        "/resume",
+        "/collective_rpc",
+        "/update_weights",
+        "/init_weight_transfer_engine",
+        "/reset_prefix_cache",
+        "/scale_elastic_ep",
+        "/invocations",
+        "/v1/load_lora_adapter",
+        "/inference/v1/generate",
+        "/abort_requests",
+        "/start_profile",
+        "/v1/chat/completions/batch",
+        "//sleep",
+        "/v1/../sleep",
     ],
-)  # fmt: skip
+)
 def test_there_is_no_control_route(server, path):
     assert post(server, path, json={}).status_code == 404
     assert server.state == "awake"
@@ -189,23 +211,38 @@ def test_the_greedy_default_of_a_checkpoint_is_not_taken(client):
         ("/v1/chat/completions", {"content": "no json"}, 400, "JSON"),
         ("/v1/chat/completions", {"content": '{"model": "policy"'}, 400, "JSON"),
         ("/v1/chat/completions", {"json": {"model": "policy"}}, 400, "messages"),
-        ("/v1/completions", {"json": {"model": "policy", "prompt": [5] * 2000}}, 400,
-         "maximum context length"),
-        ("/v1/chat/completions",
-         {"json": {"model": "policy", "messages": [{"role": "user", "content": "a " * 3000}]}},
-         400, "maximum context length"),
-        ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "temperature": -1}}, 400,
-         "temperature"),
+        (
+            "/v1/completions",
+            {"json": {"model": "policy", "prompt": [5] * 2000}},
+            400,
+            "maximum context length",
+        ),
+        (
+            "/v1/chat/completions",
+            {"json": {"model": "policy", "messages": [{"role": "user", "content": "a " * 3000}]}},
+            400,
+            "maximum context length",
+        ),
+        (
+            "/v1/completions",
+            {"json": {"model": "policy", "prompt": "x", "temperature": -1}},
+            400,
+            "temperature",
+        ),
         ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "top_p": 7}}, 400, "top_p"),
         ("/v1/completions", {"json": {"model": "policy", "prompt": [10**9]}}, 400, ""),
-        ("/v1/completions", {"json": {"model": "policy", "prompt": "x", "logprobs": 500}}, 400,
-         "logprobs"),
+        (
+            "/v1/completions",
+            {"json": {"model": "policy", "prompt": "x", "logprobs": 500}},
+            400,
+            "logprobs",
+        ),
         ("/v1/messages", {"json": {"model": "policy"}}, 400, "messages"),
         ("/v1/responses", {"json": {"model": "policy"}}, 400, "input"),
         ("/tokenize", {"json": {"model": "policy"}}, 400, ""),
         ("/detokenize", {"json": {"model": "policy", "tokens": [-1]}}, 400, ""),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_get_400(server, path, request_, status, part):
     headers = {"content-type": "application/json"}
     answer = post(server, path, headers=headers, **request_)

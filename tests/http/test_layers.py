@@ -10,11 +10,11 @@ import httpx
 import pytest
 from support import soon
 
-from rollout_server.http import taps
-from rollout_server.http.app import layered
-from rollout_server.http.calls import Generation, Sample, current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens import vllm_hooks
+from rollout_server.http.tokens.calls import Generation, Sample, current
+from rollout_server.http.tokens.texts import Texts
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
@@ -262,7 +262,7 @@ async def test_tracebacks_of_requests_go_to_our_log(terminal, caplog, status):
         answer = await client(app).post("/v1/chat/completions", json={})
     assert answer.status_code == status
     assert terminal.getvalue() == "Something that the user should know.\n"
-    ours = [r for r in caplog.records if r.name.startswith("rollout_server")]
+    ours = [r for r in caplog.records if r.name.startswith("rollout_server.http")]
     assert [r.levelname for r in ours] == ["DEBUG", "ERROR" if status == 500 else "DEBUG"]
     assert all("extracting tool call" in r.message for r in ours)
     assert all("JSONDecodeError" in r.exc_text for r in ours)
@@ -294,11 +294,14 @@ class Engine:
 TOLD = [
     {"role": "user", "content": "Hi."},
     {
-        "role": "assistant", "content": "Yes.", "prompt_token_ids": [1],
-        "generation_token_ids": [2], "generation_log_probs": [-1.0],
+        "role": "assistant",
+        "content": "Yes.",
+        "prompt_token_ids": [1],
+        "generation_token_ids": [2],
+        "generation_log_probs": [-1.0],
     },
     {"role": "user", "content": "And?"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -311,17 +314,23 @@ TOLD = [
         ("/generate", {}, True, False),
         ("/v1/chat/completions", {}, False, False),
         ("/v1/chat/completions", {"messages": TOLD}, False, True),
-        ("/v1/chat/completions",
-         {"messages": [*TOLD[:1], {"role": "assistant", "content": "Yes."}],
-          "required_prefix_token_ids": [1, 2]}, False, True),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [*TOLD[:1], {"role": "assistant", "content": "Yes."}],
+                "required_prefix_token_ids": [1, 2],
+            },
+            False,
+            True,
+        ),
     ],
-)  # fmt: skip
+)
 async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
     tokenizer, path, body, in_session, refused
 ):
     engine, sessions = Engine(), Sessions()
     state = SimpleNamespace(openai_serving_chat=None, _state={})
-    taps.tap(engine, state, Texts(tokenizer))
+    vllm_hooks.install_hooks(engine, state, Texts(tokenizer))
     session = Session("http://server/v1", (None, None), sessions.remove, {})
     sessions.add(session)
 

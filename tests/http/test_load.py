@@ -14,10 +14,10 @@ import httpx
 import pytest
 from support import held, soon
 
-from rollout_server.http.admission import Admission
-from rollout_server.http.app import layered
-from rollout_server.http.limits import Limits
-from rollout_server.http.listener import Listener, listen
+from rollout_server.http.middleware.admission import AdmissionQueue
+from rollout_server.http.middleware.stack import layered
+from rollout_server.http.server.limits import Limits
+from rollout_server.http.server.listener import Listener, listen
 from rollout_server.http.sessions import Sessions
 from rollout_server.lifecycle.gate import Gate
 
@@ -30,7 +30,7 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 
 async def test_sessions_take_turns():
     """A thousand requests of one session aren't all in front of another's single one."""
-    admission, order = Admission(2), []
+    admission, order = AdmissionQueue(2), []
 
     async def ask(owner, number):
         await admission.enter(owner)
@@ -50,7 +50,7 @@ async def test_sessions_take_turns():
 
 
 async def test_a_turn_is_not_lost_with_who_leaves():
-    admission = Admission(1)
+    admission = AdmissionQueue(1)
     await admission.enter("a")
     waiting = [asyncio.ensure_future(admission.enter(owner)) for owner in "bcd"]
     await asyncio.sleep(0)
@@ -108,7 +108,13 @@ class App:
 async def small():
     """A listener with small limits: .app, .gate, .url, .port, .hold."""
     limits = Limits(
-        body_bytes=10_000, connections=20, held=4, running=3, patience=0.5, header_bytes=4096
+        body_bytes=10_000,
+        bodies=4,
+        connections=20,
+        held=4,
+        running=3,
+        patience=0.5,
+        header_bytes=4096,
     )
     app, gate, sock = App(), Gate(hold_timeout=5), listen("127.0.0.1", 0)
     gate.open()
@@ -266,20 +272,23 @@ async def test_a_client_that_does_not_read_is_cut_and_its_generation_ended(small
 
 
 async def test_many_large_bodies_at_once_are_told_to_come_back(small):
-    """64 of the largest are there at a time, and no more."""
-    layer = small.listener._server.config.loaded_app._app._app
-    layer._bytes = 64 * 10_000
+    """So many of the largest are there at a time, and no more."""
+    url, largest = small.url + "/v1/completions", b"{}" + b" " * 9_998
+
+    async def post(content):
+        return await client.post(url, content=content, headers=HEADERS)
+
     async with httpx.AsyncClient() as client:
-        answer = await asking(small, client)
-        assert answer.status_code == 503 and "retry-after" in answer.headers
-        layer._bytes = 0
-        small.app.go.set()
-        answer = await client.post(
-            small.url + "/v1/completions", content=b" " * 10_001, headers=HEADERS
-        )
-        assert answer.status_code == 413
-        assert (await asking(small, client)).status_code == 200
-        assert layer._bytes == 0
+        for _ in range(2):  # what was there is given back
+            small.app.go.clear()
+            there = [asyncio.ensure_future(post(largest)) for _ in range(4)]
+            await soon(lambda: (small.app.running, queued(small)) == (3, 1))
+            answer = await post(b"{}")
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+            small.app.go.set()
+            assert [a.status_code for a in await asyncio.gather(*there)] == [200] * 4
+            assert (await post(largest + b" ")).status_code == 413
+            assert (await post(largest)).status_code == 200
 
 
 # -- the running server -----------------------------------------------------------------------
@@ -293,9 +302,11 @@ async def test_one_session_does_not_starve_another(server):
 
     async def ask(session, client, text):
         await client.chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": text}], max_tokens=8,
+            model="policy",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=8,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         answered.append(session)
 
     many, one = greedy.async_openai(max_retries=0), modest.async_openai(max_retries=0)

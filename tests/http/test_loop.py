@@ -15,10 +15,10 @@ import pytest
 import pytest_asyncio
 
 from rollout_server.concurrency.garbage import leave_out, take_in
-from rollout_server.http.app import layered
 from rollout_server.http.body import LARGE, parse, written
-from rollout_server.http.calls import Generation, Sample, current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.tokens.calls import Generation, Sample, current
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.loop_lag import LoopWatch
 from rollout_server.observability.metrics import Metrics
@@ -59,7 +59,7 @@ BODIES = {
     "arrays as many as may be": (0.1, lambda: {"messages": [SAY], "metadata": [[1]] * 490_000}),
     "16 MiB of brackets in a string": (0.1, lambda: {"prompt": "[{" * (8 * MIB - 100)}),
     "16 MiB of strings": (0.1, lambda: {"messages": [SAY], "metadata": [""] * 4_000_000}),
-}  # fmt: skip
+}
 
 
 async def app(scope, receive, send):
@@ -69,9 +69,12 @@ async def app(scope, receive, send):
     call.generations.append(Generation([1], samples={0: Sample([5], [-1.0], None, [(7, 0, 1)])}))
     call.generations[0].samples[0].finish_reason = "length"
     await send(
-        {"type": "http.response.start", "status": 200,
-         "headers": [(b"content-type", b"application/json")]}
-    )  # fmt: skip
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", b"application/json")],
+        }
+    )
     answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}}]}
     await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
@@ -152,10 +155,16 @@ async def test_no_body_holds_the_loop(post, name):
 @pytest.mark.parametrize(
     "value",
     [
-        {}, [], "", "x" * 700_000, "\u00e9\U0001f600\n" * 200_000, [1, "a", None], [0.5] * 10_000,
+        {},
+        [],
+        "",
+        "x" * 700_000,
+        "\u00e9\U0001f600\n" * 200_000,
+        [1, "a", None],
+        [0.5] * 10_000,
         {"a": {}, "b": [[]], "c": [True, {"d": "e"}], "": list(range(9000))},
     ],
-)  # fmt: skip
+)
 def test_a_value_is_written_and_read_in_pieces_as_in_one(value):
     assert written(value) == json.dumps(value).encode()
     assert parse(written(value)) == value

@@ -7,9 +7,9 @@ import pytest
 import templates
 from offline import Server
 
-from rollout_server.http.calls import current
-from rollout_server.http.reasoning import Openings, of_answer, tap_parsers
-from rollout_server.http.texts import Texts
+from rollout_server.http.tokens.calls import current
+from rollout_server.http.tokens.reasoning import Openings, hook_parsers, of_answer
+from rollout_server.http.tokens.texts import Texts
 
 ASKED = {"role": "user", "content": "Well </think> then?"}
 CALL = {"id": "call00000", "type": "function", "function": {"name": "lookup", "arguments": "{}"}}
@@ -64,7 +64,7 @@ def test_parsers_look_at_the_opening_alone(parser):
     tokenizer = case.tokenizer
     reasons = ParserManager.get_parser(reasoning_parser_name=parser)
     handler = SimpleNamespace(parser=reasons)
-    assert tap_parsers(SimpleNamespace(_state={"handler": handler}))
+    assert hook_parsers(SimpleNamespace(_state={"handler": handler}))
     first = [ASKED]
     sampled = tokenizer.encode(ANSWER["content"] + "<|im_end|>\n", add_special_tokens=False)
     again = tokenizer.encode("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
@@ -78,7 +78,7 @@ def test_parsers_look_at_the_opening_alone(parser):
             assert handler.parser(tokenizer).is_reasoning_end(ids) is ended
         finally:
             current.reset(token)
-    assert not tap_parsers(SimpleNamespace(_state={"handler": SimpleNamespace(parser=None)}))
+    assert not hook_parsers(SimpleNamespace(_state={"handler": SimpleNamespace(parser=None)}))
 
 
 CALLS = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
@@ -95,7 +95,7 @@ def test_a_stream_says_the_same_however_many_tokens_a_step_has(parser, said):
         reasoning_parser_name=parser, tool_parser_name="hermes", enable_auto_tools=True
     )
     handler = SimpleNamespace(parser=reasons)
-    tap_parsers(SimpleNamespace(_state={"handler": handler}))
+    hook_parsers(SimpleNamespace(_state={"handler": handler}))
     opens = "" if parser in ("step3", "minimax_m2") else "<think>"
     ids = tokenizer.encode(f"{opens}Because of that</think>{said}", add_special_tokens=False)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -107,10 +107,13 @@ def test_a_stream_says_the_same_however_many_tokens_a_step_has(parser, said):
             step = ids[at : at + size]
             told.append(
                 one.parse_delta(
-                    delta_text=tokenizer.decode(step), delta_token_ids=step, request=request,
-                    prompt_token_ids=[1], finished=at + size >= len(ids),
+                    delta_text=tokenizer.decode(step),
+                    delta_token_ids=step,
+                    request=request,
+                    prompt_token_ids=[1],
+                    finished=at + size >= len(ids),
                 )
-            )  # fmt: skip
+            )
         told = [delta for delta in told if delta is not None]
         assert "".join(d.reasoning or "" for d in told) == "Because of that", size
         calls = [call.function for d in told for call in d.tool_calls]

@@ -48,9 +48,11 @@ def client(real):
 
 def test_it_answers_sensibly(client):
     answer = client.chat.completions.create(
-        model="policy", temperature=0, max_tokens=40,
+        model="policy",
+        temperature=0,
+        max_tokens=40,
         messages=[{"role": "user", "content": "What is the capital of France?"}],
-    )  # fmt: skip
+    )
     assert "Paris" in answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "stop"
 
@@ -66,17 +68,25 @@ def test_its_logprobs_are_the_trainers(real, model, tokenizer):
 
 def test_a_forced_tool_call(client):
     answer = client.chat.completions.create(
-        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100, temperature=0,
+        model="policy",
+        messages=MESSAGES,
+        tools=[WEATHER],
+        max_tokens=100,
+        temperature=0,
         tool_choice={"type": "function", "function": {"name": "weather"}},
-    )  # fmt: skip
+    )
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
     streamed = client.chat.completions.create(
-        model="policy", messages=MESSAGES, tools=[WEATHER], max_tokens=100, temperature=0,
+        model="policy",
+        messages=MESSAGES,
+        tools=[WEATHER],
+        max_tokens=100,
+        temperature=0,
         stream=True,
         tool_choice={"type": "function", "function": {"name": "weather"}},
-    )  # fmt: skip
+    )
     parts = [c.choices[0].delta.tool_calls for c in streamed if c.choices]
     arguments = "".join(p[0].function.arguments or "" for p in parts if p)
     assert json.loads(arguments)["city"] in ("Oslo", "Rome")

@@ -59,9 +59,13 @@ def words():
 def server(request, words):
     model = scripted(words.tokenizer, words.script)
     with attach(
-        model, words.tokenizer, reasoning_parser=request.param, tool_call_parser="hermes",
-        kv_cache_memory_bytes=64 * MIB, progress=False,
-    ) as server:  # fmt: skip
+        model,
+        words.tokenizer,
+        reasoning_parser=request.param,
+        tool_call_parser="hermes",
+        kv_cache_memory_bytes=64 * MIB,
+        progress=False,
+    ) as server:
         yield server
 
 
@@ -187,7 +191,7 @@ def test_reasoning_in_anthropics_messages(server, words, stream):
             messages.append({"role": "user", "content": f"Question {turn}?"})
             asked = dict(
                 model="policy", max_tokens=40, messages=messages, extra_body={"temperature": 0}
-            )  # fmt: skip
+            )
             if stream:
                 with client.messages.stream(**asked) as events:
                     answer = events.get_final_message()
@@ -213,9 +217,12 @@ def test_a_grammar_is_for_what_comes_after_the_reasoning(server, words, route):
                 thought, text = answer.get("reasoning"), answer.get("content")
             else:
                 answer = client.responses.create(
-                    model="policy", input=messages, max_output_tokens=40, temperature=0,
+                    model="policy",
+                    input=messages,
+                    max_output_tokens=40,
+                    temperature=0,
                     extra_body=grammar,
-                )  # fmt: skip
+                )
                 thought, text = answer.output[0].content[0].text, answer.output_text
             assert thought == THOUGHT and text in ("nought", "one")
             messages.append({"role": "assistant", "content": text})

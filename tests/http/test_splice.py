@@ -7,7 +7,7 @@ import pytest
 import templates
 from offline import Server
 
-from rollout_server.http.splice import Known
+from rollout_server.http.tokens.splice import Known
 
 CONVERSATIONS = 85  # for each template: 1,020 in all
 
@@ -74,7 +74,7 @@ def test_tokens_that_a_client_sends_are_checked_against_its_messages(name):
             messages = [*turn.messages, turn.message]
             honest += 1
             believes = Server.wait(
-                server.splicer.goes_on(messages, known, server.render, case.name)
+                server.splicer.is_continuation(messages, known, server.render, case.name)
             )
             refused += not believes
             server.answered(turn, given[-1])
@@ -83,7 +83,7 @@ def test_tokens_that_a_client_sends_are_checked_against_its_messages(name):
                 at = len(changed) - 1
                 known = Known(at, given[-1], turn.ids)
                 missed += Server.wait(
-                    server.splicer.goes_on(changed, known, server.render, case.name)
+                    server.splicer.is_continuation(changed, known, server.render, case.name)
                 )
     print(f"{name}: {refused} of {honest} honest refused, {missed} of {edited} edits missed")
     assert missed == 0
@@ -117,4 +117,6 @@ def test_an_answer_that_was_cut_off_in_its_reasoning_is_believed(field):
     for thought, believed in (("\nBecause of", True), ("\nOther", False)):
         answer = {"role": "assistant", "content": "", field: thought}
         told = [*messages, answer]
-        assert Server.wait(server.splicer.goes_on(told, known, server.render, "x")) is believed
+        assert (
+            Server.wait(server.splicer.is_continuation(told, known, server.render, "x")) is believed
+        )

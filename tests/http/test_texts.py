@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rollout_server.http.splice import Known, Splicer
-from rollout_server.http.texts import Texts, characters_per_token
+from rollout_server.http.tokens.splice import Known, Splicer
+from rollout_server.http.tokens.texts import Texts, characters_per_token
 
 
 class Slow:

@@ -64,15 +64,19 @@ def test_tgis_generate_and_what_it_refuses(server):
     streamed = ask("/generate_stream", do_sample=False, max_new_tokens=5).text
     assert json.loads(streamed.strip().split("data: ")[-1])["generated_text"] == greedy[0]
     for bad, named in (
-        ({"watermark": True}, "watermark"), ({"best_of": 2}, "best_of"),
+        ({"watermark": True}, "watermark"),
+        ({"best_of": 2}, "best_of"),
         ({"decoder_input_details": True}, "decoder_input_details"),
         ({"typical_p": 0.5}, "typical_p"),
         ({"grammar": {"type": "regex", "value": "a"}}, "response_format"),
-        ({"adapter_id": "x"}, "adapter_id"), ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": "hot"}, "temperature"), ({"tempratur": 1}, "tempratur"),
-        ({"stop": [5]}, "stop"), ({"truncate": True}, "truncate"),
+        ({"adapter_id": "x"}, "adapter_id"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"tempratur": 1}, "tempratur"),
+        ({"stop": [5]}, "stop"),
+        ({"truncate": True}, "truncate"),
         ({"top_n_tokens": 9999}, "logprobs"),
-    ):  # fmt: skip
+    ):
         refused = ask(**bad)
         assert refused.status_code == 422, bad
         assert refused.json()["error_type"] == "validation" and named in refused.json()["error"]

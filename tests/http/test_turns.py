@@ -8,10 +8,10 @@ import httpx
 import pytest
 from openai import BadRequestError
 
-from rollout_server.http.accepted import Accepted, Earlier
-from rollout_server.http.app import layered
-from rollout_server.http.calls import current
+from rollout_server.http.middleware.stack import layered
 from rollout_server.http.sessions import Sessions
+from rollout_server.http.tokens.calls import current
+from rollout_server.http.tokens.parsed_messages import CachedPrefix, ParsedMessageCache
 from rollout_server.lifecycle.gate import Gate
 from rollout_server.trajectories.session import Session
 
@@ -29,7 +29,7 @@ SECOND = [*FIRST, say("assistant", "One."), say("user", "Two?")]
 
 def taken(*requests):
     """An `Accepted` with these, and what it kept of each."""
-    accepted = Accepted()
+    accepted = ParsedMessageCache()
     for messages in requests:
         accepted.add(messages, [dict(m) for m in messages], accepted.find(messages))
     return accepted
@@ -70,7 +70,7 @@ async def test_messages_are_parsed_once():
         parsed.extend(messages)
         return [{"said": m["content"]} for m in messages], None, None
 
-    earlier = Earlier(SECOND)
+    earlier = CachedPrefix(SECOND)
     for _ in range(2):
         messages = [*SECOND[:2], say("assistant", "in its place"), *SECOND[3:], say("user", "And?")]
         conversation, *_ = await earlier.parse(messages, "string", parse)
@@ -138,9 +138,10 @@ def reads():
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app=served))
         async with client:
             return await client.post(
-                "http://server/v1/chat/completions", json={"messages": messages, **more},
+                "http://server/v1/chat/completions",
+                json={"messages": messages, **more},
                 headers={"authorization": f"Bearer {key}"},
-            )  # fmt: skip
+            )
 
     return app, post
 

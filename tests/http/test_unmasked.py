@@ -12,9 +12,11 @@ from support import trainer_logprobs
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 24}
 CHOICE = {"structured_outputs": {"choice": ["certainly not", "of course, why not?"]}}
 SCHEMA = {
-    "type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+    "type": "object",
+    "properties": {"yes": {"type": "boolean"}},
+    "required": ["yes"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 
 
 def ask(client, temperature=1.0, **fields):
@@ -43,12 +45,15 @@ def choices(answer):
     [
         CHOICE,
         {"structured_outputs": {"regex": "[0-9]{20}"}},
-        {"response_format": {
-            "type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA},
-        }},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": SCHEMA},
+            }
+        },
     ],
     ids=["choice", "regex", "json"],
-)  # fmt: skip
+)
 def test_they_are_the_models(server, shared_model, grammar, temperature):
     with server.openai() as client:
         answer = ask(client, temperature, **{"structured_outputs": None} | grammar)

@@ -69,9 +69,13 @@ def test_agents_are_the_rollouts(trainer):
 
     batches = []
     with attach(
-        trainer, rollout=agent, rollout_concurrency=3, rollout_timeout=15, progress=False,
+        trainer,
+        rollout=agent,
+        rollout_concurrency=3,
+        rollout_timeout=15,
+        progress=False,
         kv_cache_memory_bytes=64 * MIB,
-    ) as server:  # fmt: skip
+    ) as server:
         score = trainer._generate_and_score_completions
         trainer._generate_and_score_completions = lambda inputs: (
             batches.append((inputs, score(inputs))) or batches[-1][1]
@@ -82,8 +86,9 @@ def test_agents_are_the_rollouts(trainer):
     assert len(seen) == 16 and most[0] == 3
     logs = [log for log in trainer.state.log_history if "rollout/turns" in log]
     assert logs[0]["rollout/failed"] == 2 / 8 and logs[1]["rollout/failed"] == 0
-    assert all(log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.01)
-               for log in logs)  # fmt: skip
+    assert all(
+        log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=0.01) for log in logs
+    )
     assert all(log["rollout/logp_difference"] < 1e-3 for log in logs)
     failed = 0
     for inputs, batch in batches:

@@ -148,8 +148,10 @@ def test_the_recipe(tmp_path):
     script = ROOT / "recipes/nemo_gym/run.py"
     run = subprocess.run(
         [sys.executable, script, "--repeats", "2", "--venv", VENV, "--output", tmp_path],
-        capture_output=True, text=True, timeout=650,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=650,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
     results = [json.loads(line) for line in lines]

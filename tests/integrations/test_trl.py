@@ -58,15 +58,24 @@ def values(trainer, key):
     ("trainer", "config", "options"),
     [
         # Two optimizer steps per rollout, accumulation, evaluation.
-        (GRPOTrainer, GRPOConfig, dict(
-            num_iterations=2, gradient_accumulation_steps=2, max_steps=4, eval_strategy="steps",
-            eval_steps=2, per_device_eval_batch_size=4, temperature=0.9,
-        )),
+        (
+            GRPOTrainer,
+            GRPOConfig,
+            dict(
+                num_iterations=2,
+                gradient_accumulation_steps=2,
+                max_steps=4,
+                eval_strategy="steps",
+                eval_steps=2,
+                per_device_eval_batch_size=4,
+                temperature=0.9,
+            ),
+        ),
         # Generates while it trains.
         (RLOOTrainer, RLOOConfig, {}),
     ],
     ids=["grpo", "rloo-resident"],
-)  # fmt: skip
+)
 def test_training(make_trainer, trainer, config, options):
     trainer = make_trainer(trainer, config, evaluate="eval_strategy" in options, **options)
     begin = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -84,8 +93,14 @@ def test_training(make_trainer, trainer, config, options):
         assert server.state == "awake"
         server.verify_weights()
         assert server.policy_version >= 2
-        for key in ("tokens_per_second", "policy_version", "seconds_sync", "seconds_wake",
-                    "kv_cache_usage", "logp_difference"):  # fmt: skip
+        for key in (
+            "tokens_per_second",
+            "policy_version",
+            "seconds_sync",
+            "seconds_wake",
+            "kv_cache_usage",
+            "logp_difference",
+        ):
             assert values(trainer, f"rollout/{key}"), key
         assert bool(values(trainer, "rollout/seconds_sleep")) == sleeps
         assert max(values(trainer, "rollout/logp_difference")) < 1e-3
@@ -153,9 +168,11 @@ def test_rollouts_are_those_the_engine_sampled(make_trainer):
             text = trainer.processing_class.decode(ids)
             assert set(text) <= {"a", "b"}, text
         # Of tokens sampled under a grammar the trainer knows nothing: they are logged apart.
-        batch = {"completion_mask": torch.ones(4, 6, dtype=torch.long),
-                 "old_per_token_logps": torch.zeros(4, 6),
-                 "sampling_per_token_logps": torch.tensor(logprobs)[..., 0]}  # fmt: skip
+        batch = {
+            "completion_mask": torch.ones(4, 6, dtype=torch.long),
+            "old_per_token_logps": torch.zeros(4, 6),
+            "sampling_per_token_logps": torch.tensor(logprobs)[..., 0],
+        }
         trainer.model.train()
         trainer.vllm_generation.log_difference(batch)
         logged = trainer._metrics["train"]
@@ -167,9 +184,10 @@ def test_rollouts_are_those_the_engine_sampled(make_trainer):
         assert trainer.vllm_generation.generate(prompts[:1], None, 1)[0] == prompts[:1]
         # An agent's request that leaves fields out is sampled as the trainer does.
         answer = server.openai().chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": "Hi"}],
+            model="policy",
+            messages=[{"role": "user", "content": "Hi"}],
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         assert answer.usage.completion_tokens == 6
         longest = server.max_model_len
         for prompt, echo, count in (
@@ -225,9 +243,12 @@ def test_other_trainers_that_generate_are_refused_by_name(make_trainer, tiny, to
     settings = trl_settings(tmp_path)
     del settings["num_generations"], settings["max_completion_length"]
     pairs = OnlineDPOTrainer(
-        model=tiny, args=OnlineDPOConfig(**settings), processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"prompt": "one"}]), reward_funcs=reward_length,
-    )  # fmt: skip
+        model=tiny,
+        args=OnlineDPOConfig(**settings),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": "one"}]),
+        reward_funcs=reward_length,
+    )
     with pytest.raises(NotAvailableError, match=r"OnlineDPOTrainer asks for pairs.*GRPOTrainer"):
         attach(pairs)
     # Made without its constructor, which asks a vLLM server for its model.
@@ -269,7 +290,7 @@ def test_images_are_refused_at_attach(make_trainer, where):
         ({"top_p": 7}, "top_p"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_generation_kwargs_that_vllm_lacks_are_refused_at_attach(make_trainer, fields, told):
     trainer = make_trainer()
     trainer.args.generation_kwargs = fields
@@ -308,10 +329,11 @@ def test_the_mass_that_was_cut_off():
     ids = torch.multinomial(engine.view(10, 50), 1).view(2, 5, 1)
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     batch = {
-        "completion_mask": mask, "tool_mask": torch.tensor([[1] * 5, [1, 0, 0, 1, 1]]),
+        "completion_mask": mask,
+        "tool_mask": torch.tensor([[1] * 5, [1, 0, 0, 1, 1]]),
         "old_per_token_logps": whole.gather(2, ids)[..., 0].log(),
         "sampling_per_token_logps": engine.gather(2, ids)[..., 0].log(),
-    }  # fmt: skip
+    }
     cut_off = 1 - kept.sum(-1)
     counted = (batch["completion_mask"] * batch["tool_mask"]).bool()
     assert truncated_mass(batch) == pytest.approx(cut_off[counted].mean().item(), abs=1e-6)
@@ -330,7 +352,7 @@ def test_the_mass_that_was_cut_off():
         "completion_mask": torch.ones(2, 100000),
         "old_per_token_logps": whole.gather(2, many).log().view(2, -1),
         "sampling_per_token_logps": other.gather(2, many).log().view(2, -1),
-    }  # fmt: skip
+    }
     assert truncated_mass(batch) == pytest.approx(cut_off.mean().item(), abs=0.02)
 
 
@@ -338,8 +360,11 @@ def test_the_difference_counts_only_trained_tokens():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     trained = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -9.0, -9.0]])
     sampled = torch.tensor([[-1.5, -2.0, 0.0], [float("nan"), 0.0, 0.0]])
-    grpo = {"completion_mask": mask, "old_per_token_logps": trained,
-            "sampling_per_token_logps": sampled}  # fmt: skip
+    grpo = {
+        "completion_mask": mask,
+        "old_per_token_logps": trained,
+        "sampling_per_token_logps": sampled,
+    }
     assert logp_difference(grpo, []) == pytest.approx(0.25)
     rloo = {"completion_mask": mask, "old_logps": torch.tensor([-3.0, -3.0])}
     assert logp_difference(rloo, [[-1.0, -1.0], [-3.5]]) == pytest.approx(0.5)
@@ -351,8 +376,12 @@ def test_the_difference_of_tokens_under_a_grammar_is_apart():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     trained = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -9.0, -9.0]])
     sampled = torch.tensor([[-0.5, -0.0, -4.0], [-2.0, -9.0, -1.0]])
-    grpo = {"completion_mask": mask, "tool_mask": torch.tensor([[1, 0, 1], [1, 1, 0]]),
-            "old_per_token_logps": trained, "sampling_per_token_logps": sampled}  # fmt: skip
+    grpo = {
+        "completion_mask": mask,
+        "tool_mask": torch.tensor([[1, 0, 1], [1, 1, 0]]),
+        "old_per_token_logps": trained,
+        "sampling_per_token_logps": sampled,
+    }
     runs = [[(1, 3)], [(0, 1)]]
     assert logp_difference(grpo, [], runs) == pytest.approx((0.5 + 0) / 2)
     assert logp_difference(grpo, [], runs, of_masked=True) == pytest.approx((0 + 1) / 2)
@@ -370,10 +399,16 @@ def generation(**generation_kwargs):
     """An `EngineGeneration` and the differences that it tells its server."""
     told = {}
     trainer = SimpleNamespace(
-        temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0,
-        max_completion_length=8, args=SimpleNamespace(generation_kwargs=generation_kwargs),
-        model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=None,
+        repetition_penalty=1.0,
+        max_completion_length=8,
+        args=SimpleNamespace(generation_kwargs=generation_kwargs),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
 
     def note(nats, *, grammar):
         told["grammar" if grammar else "free"] = nats
@@ -385,8 +420,11 @@ def test_tokens_under_a_grammar_are_compared_apart():
     """Their log-probabilities are of another distribution than the trainer's."""
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     gaps = torch.tensor([[0.1, 2.0, 4.0], [0.3, 0.2, 9.0]])
-    batch = {"completion_mask": mask, "old_per_token_logps": gaps,
-             "sampling_per_token_logps": torch.zeros(2, 3)}  # fmt: skip
+    batch = {
+        "completion_mask": mask,
+        "old_per_token_logps": gaps,
+        "sampling_per_token_logps": torch.zeros(2, 3),
+    }
     whole = pytest.approx((0.1 + 2.0 + 4.0 + 0.3 + 0.2) / 5)
     one, told = generation()
     one.log_difference(batch)

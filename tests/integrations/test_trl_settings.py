@@ -63,16 +63,27 @@ def test_failures_of_training_leave_an_engine_that_serves(tiny_folder, tokenizer
         return [float(len(set(text)) % 7) for text in completions]
 
     settings = trl_settings(
-        tmp_path, max_steps=3, per_device_train_batch_size=4, per_device_eval_batch_size=4,
-        save_strategy="steps", save_steps=1, temperature=0.8, top_k=40, top_p=0.9,
-        vllm_importance_sampling_mode="token_truncate", generation_kwargs={"ignore_eos": True},
-    )  # fmt: skip
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        save_strategy="steps",
+        save_steps=1,
+        temperature=0.8,
+        top_k=40,
+        top_p=0.9,
+        vllm_importance_sampling_mode="token_truncate",
+        generation_kwargs={"ignore_eos": True},
+    )
     data = Dataset.from_list([{"prompt": f"Say {i} times {i}"} for i in range(16)])
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
-        args=GRPOConfig(**settings), train_dataset=data, eval_dataset=data.select(range(4)),
-        reward_funcs=reward, processing_class=tokenizer,
-    )  # fmt: skip
+        args=GRPOConfig(**settings),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        reward_funcs=reward,
+        processing_class=tokenizer,
+    )
     with pytest.warns(UserWarning, match=r"top_p=0\.9, top_k=40: .*rollout/truncated_mass"):
         server = attach(trainer, **QUICK)
     with server, server.openai() as client:
@@ -181,19 +192,26 @@ def test_tools_and_environments(tiny_folder, tmp_path):
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
     tokenizer.chat_template = template.read_text()
     settings = trl_settings(
-        tmp_path, max_steps=2, per_device_train_batch_size=8, num_generations=8,
-        max_completion_length=500, max_tool_calling_iterations=1, mask_truncated_completions=True,
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_completion_length=500,
+        max_tool_calling_iterations=1,
+        mask_truncated_completions=True,
         chat_template_kwargs={"enable_thinking": False},
         generation_kwargs={"structured_outputs": {"regex": CALL}},
-    )  # fmt: skip
+    )
     prompts = [{"prompt": [{"role": "user", "content": f"What is {i}?"}]} for i in range(8)]
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32),
-        args=GRPOConfig(**settings), train_dataset=Dataset.from_list(prompts),
+        args=GRPOConfig(**settings),
+        train_dataset=Dataset.from_list(prompts),
         reward_funcs=lambda completions, **_: [float(len(c)) for c in completions],
-        processing_class=tokenizer, tools=[shout],
+        processing_class=tokenizer,
+        tools=[shout],
         environment_factory=Library,
-    )  # fmt: skip
+    )
     with attach(trainer, max_model_len=512, **QUICK) as server:
         batches = collect(trainer)
         trainer.train()

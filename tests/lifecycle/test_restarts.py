@@ -46,10 +46,17 @@ def mortals(policy, tokenizer):
         if servers and (servers[-1].state != "awake" or not restarts(servers[-1]).left):
             servers.pop().close()
         if not servers:
-            servers.append(attach(
-                policy, tokenizer, kv_cache_memory_bytes=128 * MIB, hold_timeout=300,
-                liveness_timeout=4, max_restarts=3, progress=False,
-            ))  # fmt: skip
+            servers.append(
+                attach(
+                    policy,
+                    tokenizer,
+                    kv_cache_memory_bytes=128 * MIB,
+                    hold_timeout=300,
+                    liveness_timeout=4,
+                    max_restarts=3,
+                    progress=False,
+                )
+            )
         return servers[-1]
 
     yield give
@@ -79,9 +86,13 @@ def streamed(server, running):
     ids, text = [], ""
     with server.openai() as client:
         events = client.completions.create(
-            model="policy", prompt=PROMPT, stream=True, max_tokens=200, temperature=0,
+            model="policy",
+            prompt=PROMPT,
+            stream=True,
+            max_tokens=200,
+            temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True},
-        )  # fmt: skip
+        )
         for event in events:
             for choice in event.choices:
                 ids, text = ids + (choice.token_ids or []), text + choice.text
@@ -94,9 +105,13 @@ def penalised(server, running):
     """A streamed completion whose distribution depends on what was sampled before."""
     with server.openai() as client:
         for _ in client.completions.create(
-            model="policy", prompt=PROMPT, stream=True, max_tokens=200, presence_penalty=0.5,
+            model="policy",
+            prompt=PROMPT,
+            stream=True,
+            max_tokens=200,
+            presence_penalty=0.5,
             extra_body={"ignore_eos": True},
-        ):  # fmt: skip
+        ):
             running.set()
 
 
@@ -111,9 +126,11 @@ def by_grammar(server):
     """A chat answer whose grammar is a regular expression."""
     with server.openai() as client:
         answer = client.chat.completions.create(
-            model="policy", messages=[{"role": "user", "content": "Letters?"}], max_tokens=400,
+            model="policy",
+            messages=[{"role": "user", "content": "Letters?"}],
+            max_tokens=400,
             extra_body={"structured_outputs": {"regex": GRAMMAR}},
-        )  # fmt: skip
+        )
     return answer.choices[0].message.content
 
 
@@ -124,9 +141,11 @@ def converse(session):
         for tokens in (150, 4):
             messages.append({"role": "user", "content": "Go on."})
             answer = client.chat.completions.create(
-                model="policy", messages=messages, max_tokens=tokens,
+                model="policy",
+                messages=messages,
+                max_tokens=tokens,
                 extra_body={"ignore_eos": True},
-            )  # fmt: skip
+            )
             messages.append({"role": "assistant", "content": answer.choices[0].message.content})
 
 

@@ -20,8 +20,8 @@ from support import MIB
 
 from rollout_server import attach
 from rollout_server.errors import RolloutServerError, StateError, WeightSyncError
+from rollout_server.http.middleware.access_log import AccessLogMiddleware
 from rollout_server.http.routes import label
-from rollout_server.http.seen import Seen
 from rollout_server.lifecycle.gate import Gate, GateTimeout
 from rollout_server.observability import logs
 from rollout_server.observability.events import Journal
@@ -152,7 +152,7 @@ async def test_how_a_request_ended_is_counted(fails, answers, status):
     sent, journal = [], Journal()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
     try:
-        await Seen(app, journal, lambda: 0)(scope, None, send)
+        await AccessLogMiddleware(app, journal, lambda: 0)(scope, None, send)
     except RuntimeError:
         assert fails
     name = f'http_requests_total{{route="/v1/completions",status="{status}"}}'
@@ -193,8 +193,10 @@ def test_nothing_is_printed_but_warnings_of_rollouts():
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr.splitlines() == [
         "a rollout failed",
         "rollout_server.lifecycle broken error=loud",
@@ -213,9 +215,13 @@ def test_json_lines_hold_the_facts(caplog):
     first, second = [json.loads(logs.JsonFormatter().format(r)) for r in records]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first.pop("time"))
     assert first == {
-        "level": "INFO", "logger": "rollout_server.lifecycle", "event": "sync",
-        "message": "sync seconds=0.250 path=plan", "seconds": 0.25, "path": "plan",
-    }  # fmt: skip
+        "level": "INFO",
+        "logger": "rollout_server.lifecycle",
+        "event": "sync",
+        "message": "sync seconds=0.250 path=plan",
+        "seconds": 0.25,
+        "path": "plan",
+    }
     assert second["exception"].startswith("Traceback") and "ValueError" in second["exception"]
     assert "abcdef" not in json.dumps(second)
 
@@ -226,9 +232,13 @@ def test_secrets_are_taken_out_by_form_by_value_and_by_name(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "1")
     remember("a server's key")
     gone = [
-        "value-of-the-key", "a server's key", "hf_" + "a" * 34, "sk-" + "b" * 20,
-        "rollout-" + "c" * 32, "ses-" + "d" * 24,
-    ]  # fmt: skip
+        "value-of-the-key",
+        "a server's key",
+        "hf_" + "a" * 34,
+        "sk-" + "b" * 20,
+        "rollout-" + "c" * 32,
+        "ses-" + "d" * 24,
+    ]
     for secret in gone:
         assert secret not in scrub(f"x {secret} y {secret}")
     assert "abc" not in scrub("POST http://h/sessions/abc/v1/completions")
@@ -436,8 +446,12 @@ def test_all_that_happens_is_logged_and_no_secret_is(server, shared_model, caplo
     records = [r for r in caplog.records if r.name.split(".")[0] not in CLIENTS]
     ours = [r for r in records if r.name.startswith("rollout_server")]
     secrets = [
-        server.api_key, session.api_key, session.id, outcome.session.api_key, outcome.session.id
-    ]  # fmt: skip
+        server.api_key,
+        session.api_key,
+        session.id,
+        outcome.session.api_key,
+        outcome.session.id,
+    ]
     for record in records:
         text = f"{vars(record)} {record.getMessage()} {logging.Formatter().format(record)} "
         text += logs.JsonFormatter().format(record)
@@ -454,8 +468,11 @@ def test_all_that_happens_is_logged_and_no_secret_is(server, shared_model, caplo
     assert [r.status for r in requests] == [200, 200, 401, 401, 404, 405, 400, 404]
     life = [(r.levelname, r.event) for r in ours if r.name == "rollout_server.lifecycle"]
     assert [event for event in life if event[0] != "DEBUG"] == [
-        ("INFO", "sleep"), ("INFO", "wake"), ("INFO", "sync"), ("WARNING", "sync_failed")
-    ]  # fmt: skip
+        ("INFO", "sleep"),
+        ("INFO", "wake"),
+        ("INFO", "sync"),
+        ("WARNING", "sync_failed"),
+    ]
     assert ("DEBUG", "session_opened") in life and ("DEBUG", "session_ended") in life
     (failed,) = [r for r in ours if getattr(r, "event", "") == "rollout_failed"]
     assert failed.session == outcome.session.number and "404" in failed.getMessage()
@@ -465,16 +482,23 @@ def test_all_that_happens_is_logged_and_no_secret_is(server, shared_model, caplo
 def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
     """Awake, after the engine was killed, and closed. No metric outlives its server."""
     hidden = {
-        "OPENAI_API_KEY": "openai-key-of-the-user", "HF_TOKEN": "hf_" + "x" * 30,
+        "OPENAI_API_KEY": "openai-key-of-the-user",
+        "HF_TOKEN": "hf_" + "x" * 30,
         "WANDB_API_KEY": "0123456789abcdef",
-    }  # fmt: skip
+    }
     for name, value in hidden.items():
         monkeypatch.setenv(name, value)
     server = attach(
-        tiny, tokenizer, api_key="key-that-the-user-chose", kv_cache_memory_bytes=64 * MIB,
-        sampling={"temperature": 0.5}, hold_timeout=2, progress=False, max_restarts=0,
+        tiny,
+        tokenizer,
+        api_key="key-that-the-user-chose",
+        kv_cache_memory_bytes=64 * MIB,
+        sampling={"temperature": 0.5},
+        hold_timeout=2,
+        progress=False,
+        max_restarts=0,
         engine_args={"hf_token": hidden["HF_TOKEN"]},
-    )  # fmt: skip
+    )
     session = server.session(note="example")
     secrets = [*hidden.values(), server.api_key, session.api_key, session.id]
     shown = []
@@ -518,12 +542,14 @@ def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
             assert secret not in text
 
     # The next server in this process has its own.
-    from rollout_server.http.scrape import Scrape
+    from rollout_server.http.dialects.metrics import MetricsMiddleware
 
     fresh = Metrics()
     fresh.count("sync_failures", 7)
     for metrics, failures in ((fresh, 7.0), (Metrics(), 0.0)):
-        page = httpx.Client(transport=_Page(Scrape(None, metrics))).get("http://server/metrics")
+        page = httpx.Client(transport=_Page(MetricsMiddleware(None, metrics))).get(
+            "http://server/metrics"
+        )
         own = [f for f in prometheus(page.text) if f.name.startswith(PREFIX)]
         (counted,) = [f for f in own if f.name == PREFIX + "sync_failures"]
         assert [s.value for s in counted.samples] == [failures]
@@ -554,7 +580,7 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
     code = """
         import asyncio, httpx
         from prometheus_client import Counter
-        from rollout_server.http.scrape import Scrape
+        from rollout_server.http.dialects.metrics import Scrape
         from rollout_server.observability.metrics import Metrics
 
         Counter("other", "Of another library.").inc(3)
@@ -570,11 +596,14 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
         asyncio.run(main())
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
         env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
-    )  # fmt: skip
+    )
     lines = done.stdout.splitlines()
     assert [x for x in lines if x.startswith("other_total")] == ["other_total 3.0"] * 2, done.stderr
     assert [x for x in lines if x.startswith(PREFIX + "sync_failures_total")] == [
-        PREFIX + "sync_failures_total 1.0", PREFIX + "sync_failures_total 2.0"
-    ]  # fmt: skip
+        PREFIX + "sync_failures_total 1.0",
+        PREFIX + "sync_failures_total 2.0",
+    ]

@@ -46,9 +46,11 @@ def ask_to_finish(server):
     """The versions that sampled the answer to a long request."""
     with server.openai() as client:
         answer = client.completions.create(
-            model="policy", prompt=[21, 22, 23], max_tokens=300,
+            model="policy",
+            prompt=[21, 22, 23],
+            max_tokens=300,
             extra_body={"ignore_eos": True, "on_sync": "finish"},
-        )  # fmt: skip
+        )
     (spans,) = answer.policy_versions
     return [span["version"] for span in spans]
 
@@ -64,10 +66,15 @@ def main():
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     server = attach(
-        wrapped, AutoTokenizer.from_pretrained(folder), peft="adapter", progress=False,
-        kv_cache_memory_bytes=32 << 20, sync_timeout=30, wake_timeout=10,
+        wrapped,
+        AutoTokenizer.from_pretrained(folder),
+        peft="adapter",
+        progress=False,
+        kv_cache_memory_bytes=32 << 20,
+        sync_timeout=30,
+        wake_timeout=10,
         engine_args={"tensor_parallel_size": 2},
-    )  # fmt: skip
+    )
     said = {"key": server.api_key, "urls": server.base_urls}
     steps = []
     for step in range(3):

@@ -130,11 +130,16 @@ def run(kind, server, current, folder):
         own = model(input_ids=tokens).logits[0, 2:-1].float().log_softmax(-1)
     gap = (own[range(8), completion.ids] - torch.tensor(completion.logprobs)).abs().max()
     return {
-        "version": server.policy_version, "answers": answers, "gap": float(gap),
-        "greedy": own.argmax(-1).tolist() == completion.ids, "path": report.path,
-        "bytes": report.bytes, "tensors": report.tensors, "seconds": report.seconds,
+        "version": server.policy_version,
+        "answers": answers,
+        "gap": float(gap),
+        "greedy": own.argmax(-1).tolist() == completion.ids,
+        "path": report.path,
+        "bytes": report.bytes,
+        "tensors": report.tensors,
+        "seconds": report.seconds,
         "peak": peak.extra,
-    }  # fmt: skip
+    }
 
 
 def mended(server, current, folder, rank):
@@ -153,10 +158,14 @@ def mended(server, current, folder, rank):
         server.sync_weights()
         server.verify_weights()
         (completion,) = server.generate([21, 22, 23], {"temperature": 0, "max_tokens": 8})
-        lines.append({
-            "versions": [version, server.policy_version], "ids": completion.ids,
-            "state": server.state, "another": server.engine_pid != pid,
-        })  # fmt: skip
+        lines.append(
+            {
+                "versions": [version, server.policy_version],
+                "ids": completion.ids,
+                "state": server.state,
+                "another": server.engine_pid != pid,
+            }
+        )
     return lines
 
 
@@ -190,12 +199,17 @@ def main():
     with serve(policy, config) as server:
         results = {kind: run(kind, server, current, folder) for kind in kinds}
         dist.barrier()  # no request while the other's weights move
-        tell(rank, {
-            "urls": server.base_urls, "own": server.base_url, "kinds": results,
-            "reached": [ask(server, url) for url in server.base_urls],
-            "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
-            "mended": mended(server, current, folder, rank),
-        })  # fmt: skip
+        tell(
+            rank,
+            {
+                "urls": server.base_urls,
+                "own": server.base_url,
+                "kinds": results,
+                "reached": [ask(server, url) for url in server.base_urls],
+                "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
+                "mended": mended(server, current, folder, rank),
+            },
+        )
         dist.barrier()
     dist.destroy_process_group()
 
@@ -205,9 +219,13 @@ def killed(folder, rank):
     model = _wrapped("fsdp2", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     server = attach(
-        model, tokenizer, kv_cache_memory_bytes=32 * MIB, progress=False, sync_timeout=15,
+        model,
+        tokenizer,
+        kv_cache_memory_bytes=32 * MIB,
+        progress=False,
+        sync_timeout=15,
         sync_bucket_bytes=8 * MIB,
-    )  # fmt: skip
+    )
     if rank == 1:
         gather, gathered = fsdp2._all_gather, []
 
@@ -223,10 +241,15 @@ def killed(folder, rank):
         outcome = {"error": None, "text": ""}
     except Exception as error:
         outcome = {"error": type(error).__name__, "text": str(error)}
-    tell(rank, outcome | {
-        "seconds": time.monotonic() - started, "deadline": 15,
-        "state": server.state,
-    })  # fmt: skip
+    tell(
+        rank,
+        outcome
+        | {
+            "seconds": time.monotonic() - started,
+            "deadline": 15,
+            "state": server.state,
+        },
+    )
     server.close()
 
 

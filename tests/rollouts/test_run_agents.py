@@ -59,9 +59,17 @@ def fail_as(kind):
 
 
 FAILURES = (
-    ValueError, TimeoutError, StopIteration, StopAsyncIteration, asyncio.CancelledError, SystemExit,
-    KeyboardInterrupt, GeneratorExit, BaseException, BaseExceptionGroup,
-)  # fmt: skip
+    ValueError,
+    TimeoutError,
+    StopIteration,
+    StopAsyncIteration,
+    asyncio.CancelledError,
+    SystemExit,
+    KeyboardInterrupt,
+    GeneratorExit,
+    BaseException,
+    BaseExceptionGroup,
+)
 
 
 @pytest.mark.parametrize("kind", FAILURES, ids=lambda kind: kind.__name__)

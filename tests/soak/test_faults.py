@@ -150,10 +150,18 @@ class Client(threading.Thread):
 def test_faults_at_every_transition(tiny_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with attach(
-        model, tokenizer, kv_cache_memory_bytes=128 * MIB, max_restarts=10 * FAULTS,
-        hold_timeout=900, liveness_timeout=4, sleep_timeout=4, wake_timeout=4, sync_timeout=4,
-        start_timeout=200, progress=False,
-    ) as server:  # fmt: skip
+        model,
+        tokenizer,
+        kv_cache_memory_bytes=128 * MIB,
+        max_restarts=10 * FAULTS,
+        hold_timeout=900,
+        liveness_timeout=4,
+        sleep_timeout=4,
+        wake_timeout=4,
+        sync_timeout=4,
+        start_timeout=200,
+        progress=False,
+    ) as server:
         faults, stop = Faults(server), threading.Event()
         clients = [Client(server, number, stop) for number in range(CLIENTS)]
         for client in clients:
@@ -175,8 +183,9 @@ def test_faults_at_every_transition(tiny_folder, tokenizer):
                 print(
                     f"  {number + 1} faults, {server._lifecycle.steps.restarts.count} restarts, "
                     f"{sum(c.answered for c in clients)} answers, "
-                    f"{time.monotonic() - started:.0f} s", flush=True,
-                )  # fmt: skip
+                    f"{time.monotonic() - started:.0f} s",
+                    flush=True,
+                )
             assert not [wrong for c in clients for wrong in c.wrong]
         stop.set()
         server.wake()

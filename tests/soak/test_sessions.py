@@ -48,9 +48,14 @@ def converse(server, client, number):
         for turn in range(TURNS):
             messages.append({"role": "user", "content": f"Turn {turn}."})
             request = {
-                "model": "policy", "messages": messages, "tools": own, "stream": True,
-                "max_tokens": TOKENS, "logprobs": True, "ignore_eos": True,
-            }  # fmt: skip
+                "model": "policy",
+                "messages": messages,
+                "tools": own,
+                "stream": True,
+                "max_tokens": TOKENS,
+                "logprobs": True,
+                "ignore_eos": True,
+            }
             said = []
             with client.stream(
                 "POST", f"{session.base_url}/chat/completions", json=request

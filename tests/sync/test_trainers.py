@@ -100,10 +100,17 @@ def test_peft_adapter_alone(tiny, tokenizer):
         # By HTTP, by each name, and without one, it is the adapted policy.
         expected = greedy(server, PROMPT, 6).ids
         for name in ("policy", tiny.config._name_or_path, ""):
-            choice = server.openai().completions.create(
-                model=name, prompt=PROMPT, max_tokens=6, temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            ).choices[0]  # fmt: skip
+            choice = (
+                server.openai()
+                .completions.create(
+                    model=name,
+                    prompt=PROMPT,
+                    max_tokens=6,
+                    temperature=0,
+                    extra_body={"ignore_eos": True, "return_token_ids": True},
+                )
+                .choices[0]
+            )
             assert choice.token_ids == expected
         with torch.no_grad():
             model.base_model.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -209,9 +216,13 @@ def test_what_cannot_be_shared_or_copied(tiny, tokenizer, monkeypatch):
 def test_a_model_with_other_tensors_than_the_engines(tokenizer):
     """Refused with the list, before anything is written."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     model = LlamaForCausalLM(config)
     model.value_head = torch.nn.Linear(128, 1)
     model.model.norm.bias = torch.nn.Parameter(torch.zeros(128))
@@ -307,6 +318,10 @@ def test_peft_policies_that_cannot_be_served_are_refused(tiny):
 
 def _small(**options):
     return LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, **options,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        **options,
+    )

@@ -38,16 +38,28 @@ trainer = GRPOTrainer(
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
     reward_funcs=reward,
     args=GRPOConfig(
-        output_dir=os.path.join(os.path.dirname(output), "run"), use_cpu=True, bf16=False,
-        report_to=[], save_strategy="no", learning_rate=1e-4, num_generations=4,
-        per_device_train_batch_size=4, max_completion_length=64, disable_tqdm=True, max_steps=5000,
+        output_dir=os.path.join(os.path.dirname(output), "run"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        learning_rate=1e-4,
+        num_generations=4,
+        per_device_train_batch_size=4,
+        max_completion_length=64,
+        disable_tqdm=True,
+        max_steps=5000,
     ),
     train_dataset=Dataset.from_list([{"prompt": "One, two,"}] * 8),
     processing_class=tokenizer,
-)  # fmt: skip
+)
 server = attach(
-    trainer, kv_cache_memory_bytes=128 << 20, liveness_timeout=3, hold_timeout=30, progress=False,
-)  # fmt: skip
+    trainer,
+    kv_cache_memory_bytes=128 << 20,
+    liveness_timeout=3,
+    hold_timeout=30,
+    progress=False,
+)
 engine = server.engine_pid
 
 
@@ -58,8 +70,11 @@ def endlessly(*works):
 
 
 ASKED = {
-    "model": "policy", "prompt": "Go on", "max_tokens": 900, "extra_body": {"ignore_eos": True},
-}  # fmt: skip
+    "model": "policy",
+    "prompt": "Go on",
+    "max_tokens": 900,
+    "extra_body": {"ignore_eos": True},
+}
 
 
 async def agent(session, example):

@@ -99,11 +99,15 @@ def test_a_split_of_sampled_tokens():
     two = call(tree, [1, 2, 3, 4, 9], [7])
     head, tail = one.parent, one
     assert (head.ids, head.logprobs, head.versions) == (
-        [3, 4], [-1.0, -2.0], [Span(4, 0, 1), Span(5, 1, 2)],
-    )  # fmt: skip
+        [3, 4],
+        [-1.0, -2.0],
+        [Span(4, 0, 1), Span(5, 1, 2)],
+    )
     assert (tail.ids, tail.logprobs, tail.versions) == (
-        [5, 6], [-3.0, -4.0], [Span(5, 0, 1), Span(6, 1, 2)],
-    )  # fmt: skip
+        [5, 6],
+        [-3.0, -4.0],
+        [Span(5, 0, 1), Span(6, 1, 2)],
+    )
     assert (head.unmasked, tail.unmasked) == ([-9.0, -8.0], [-7.0, LOWEST_LOGPROB])
     assert head.sampled and head.call == tail.call == 0 and head.masked and tail.masked
     assert (head.finish_reason, tail.finish_reason) == (None, "stop")
@@ -304,9 +308,15 @@ def conversation(seed):
         spans = [(by[e - 1], s, e) for s, e in zip([0, *ends], ends, strict=False)]
         answer = draw.choice([None, say("assistant", counter)])
         node = tree.add(
-            tuple(prompt), tuple(ids), logprobs, versions=spans, finish_reason=str(counter),
-            messages=said, answer=answer, masked=draw.random() < 0.3,
-        )  # fmt: skip
+            tuple(prompt),
+            tuple(ids),
+            logprobs,
+            versions=spans,
+            finish_reason=str(counter),
+            messages=said,
+            answer=answer,
+            masked=draw.random() < 0.3,
+        )
         calls.append((prompt, ids, logprobs, by, said + [answer] * (answer is not None)))
         assert node is tree.calls[-1]
     return tree, calls
@@ -567,9 +577,13 @@ def test_verl_lengths(branched):
 
 def test_json_lines(branched):
     odd = Rollout(
-        [1], [2, 3], [-0.1, LOWEST_LOGPROB], [1, 0], reward=1e-17,
+        [1],
+        [2, 3],
+        [-0.1, LOWEST_LOGPROB],
+        [1, 0],
+        reward=1e-17,
         messages=[say("user", "a\nb\u2028ü\ud800")],
-    )  # fmt: skip
+    )
     written = [*rows(branched, 1 / 3), odd]
     lines = list(json_lines(written))
     assert all(len(line.splitlines()) == 1 and line.encode() for line in lines)

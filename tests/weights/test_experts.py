@@ -17,19 +17,30 @@ PROMPT = list(range(100, 116))
 
 def dimensions(vocabulary):
     return dict(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        num_experts_per_tok=2, initializer_range=0.1, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        num_experts_per_tok=2,
+        initializer_range=0.1,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
 
 
 def config_of(kind, vocabulary=256):
     if kind == "mixtral":
         return MixtralConfig(**dimensions(vocabulary), num_local_experts=4)
     return Qwen3MoeConfig(
-        **dimensions(vocabulary), num_experts=4, moe_intermediate_size=48, head_dim=32,
+        **dimensions(vocabulary),
+        num_experts=4,
+        moe_intermediate_size=48,
+        head_dim=32,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 def random_model(config):
@@ -114,9 +125,13 @@ def assert_follows(server, model):
 def test_experts_follow_the_policy(kind, colocate, tokenizer):
     model = random_model(config_of(kind, len(tokenizer)))
     with attach(
-        model, tokenizer, colocate=colocate, kv_cache_memory_bytes=64 * MIB, verify_every=1,
+        model,
+        tokenizer,
+        colocate=colocate,
+        kv_cache_memory_bytes=64 * MIB,
+        verify_every=1,
         progress=False,
-    ) as server:  # fmt: skip
+    ) as server:
         print("largest difference", assert_follows(server, model))
         server.sleep()
         server.sync_weights()

@@ -107,8 +107,10 @@ def test_what_cannot_be_split_gets_a_bucket_of_its_own():
     f32 = torch.float32
     found = buckets([("a", f32, (4,), 2), ("b", f32, (4,), 8), ("c", f32, (), 3)], 48, {"a", "c"})
     assert [[(s.name, s.first, s.rows) for s in b.slots] for b in found] == [
-        [("a", 0, 2)], [("b", 0, 8)], [("c", 0, 3)],
-    ]  # fmt: skip
+        [("a", 0, 2)],
+        [("b", 0, 8)],
+        [("c", 0, 3)],
+    ]
     assert found[1].nbytes == 128
 
 

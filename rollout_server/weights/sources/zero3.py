@@ -21,11 +21,12 @@ class ZeRO3Source(Source):
         self._tensors = tensors
         self.specs = {
             name: TensorSpec(
-                tuple(getattr(t, "ds_shape", t.shape)), t.dtype,
+                tuple(getattr(t, "ds_shape", t.shape)),
+                t.dtype,
                 not isinstance(t, torch.nn.Parameter),
             )
             for name, t in self._tensors.items()
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def parts(self, staging: Staging) -> Parts:

@@ -1,0 +1,120 @@
+"""What an answer says, as the assistant's message that a client sends back in its next request."""
+
+import json
+from typing import Any
+
+from rollout_server.http.routes import ANTHROPIC, CHAT, RESPONSES
+from rollout_server.http.tokens.splice import Message
+
+
+def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | None:
+    """The message in a whole answer of the route `path`; None if the route has none.
+
+    choice: number of the choice, where a route has several.
+    """
+    if path == CHAT:
+        message: Message = answer["choices"][choice]["message"]
+        return message
+    if path == RESPONSES:
+        return _of_response(answer)
+    if path == ANTHROPIC:
+        return _of_blocks(answer["content"])
+    return None
+
+
+class Stream:
+    """Puts the message together from a stream's events.
+
+    ended: whether the event was there with which the first choice ends; the message is whole then.
+    """
+
+    def __init__(self, path: str):
+        self.ended = False
+        self._path = path
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, dict[str, str]] = {}
+        self._whole: Message | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        for choice in event.get("choices", ()):
+            if choice.get("index", 0) == 0:
+                self.ended = self.ended or bool(choice.get("finish_reason"))
+                if self._path == CHAT:
+                    self._delta(choice.get("delta") or {})
+        for name in ("meta_info", "details"):  # of SGLang's /generate, of TGI's
+            if end := event.get(name):
+                self.ended = self.ended or bool(end.get("finish_reason"))
+        if self._path == RESPONSES:
+            if event.get("type") in ("response.completed", "response.incomplete"):
+                self._whole = _of_response(event["response"])
+                self.ended = True
+        elif self._path == ANTHROPIC:
+            self._block(event)
+
+    def _delta(self, delta: dict[str, Any]) -> None:
+        self._content.append(delta.get("content") or "")
+        self._reasoning.append(delta.get("reasoning") or delta.get("reasoning_content") or "")
+        for call in delta.get("tool_calls") or ():
+            self._call(call.get("index", 0), call.get("function") or {})
+
+    def _block(self, event: dict[str, Any]) -> None:
+        at = event.get("index", 0)
+        if event.get("type") == "content_block_start":
+            block = event["content_block"]
+            self._content.append(block.get("text") or "")
+            self._reasoning.append(block.get("thinking") or "")
+            if block.get("type") == "tool_use":
+                self._call(at, {"name": block["name"]})
+        elif event.get("type") == "content_block_delta":
+            delta = event["delta"]
+            self._content.append(delta.get("text") or "")
+            self._reasoning.append(delta.get("thinking") or "")
+            if "partial_json" in delta:
+                self._call(at, {"arguments": delta["partial_json"]})
+        elif event.get("type") == "message_stop":
+            self.ended = True
+
+    def _call(self, at: int, part: dict[str, Any]) -> None:
+        call = self._calls.setdefault(at, {"name": "", "arguments": ""})
+        for name in call:
+            call[name] += part.get(name) or ""
+
+    @property
+    def message(self) -> Message | None:
+        if self._whole is not None or self._path not in (CHAT, ANTHROPIC):
+            return self._whole
+        calls = [self._calls[at] for at in sorted(self._calls)]
+        return _message("".join(self._reasoning), "".join(self._content), calls)
+
+
+def _message(reasoning: str, content: str, calls: list[dict[str, str]]) -> Message:
+    message: Message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning"] = reasoning
+    if calls:
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return message
+
+
+def _of_response(answer: dict[str, Any]) -> Message:
+    thoughts, texts, calls = [], [], []
+    for item in answer.get("output", ()):
+        if item.get("type") == "reasoning":
+            thoughts += [part.get("text") or "" for part in item.get("content") or ()]
+        elif item.get("type") == "message":
+            texts += [part.get("text") or "" for part in item.get("content", ())]
+        elif item.get("type") == "function_call":
+            calls.append({"name": item["name"], "arguments": item["arguments"]})
+    return _message("".join(thoughts), "".join(texts), calls)
+
+
+def _of_blocks(blocks: list[dict[str, Any]]) -> Message:
+    thoughts = [block.get("thinking") or "" for block in blocks if block.get("type") == "thinking"]
+    texts = [block.get("text") or "" for block in blocks if block.get("type") == "text"]
+    calls = [
+        {"name": block["name"], "arguments": json.dumps(block["input"])}
+        for block in blocks
+        if block.get("type") == "tool_use"
+    ]
+    return _message("".join(thoughts), "".join(texts), calls)
