@@ -1,6 +1,7 @@
 """Real clients against the endpoint."""
 
 import asyncio
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -290,6 +291,30 @@ def test_clients_wait_through_syncs_and_sleeps(server):
     assert {a.choices[0].finish_reason for a in answers} == {"length"}
     waited = "rollout_server_gate_held_seconds_count"
     assert server.metrics()[waited] - before[waited] >= 3 * 32
+
+
+def test_clients_wait_for_the_end_of_a_sync(server, monkeypatch):
+    """Requests that come while weights are written are held at the gate, not in the engine."""
+    writing, go, write = threading.Event(), threading.Event(), server._engine.write_weights
+
+    async def held_up(message):
+        writing.set()
+        await asyncio.to_thread(go.wait, 60)
+        return await write(message)
+
+    monkeypatch.setattr(server._engine, "write_weights", held_up)
+    version, asked = server.policy_version, {"model": "policy", "prompt": [5], "max_tokens": 2}
+    with ThreadPoolExecutor(5) as pool:
+        sync = pool.submit(server.sync_weights)
+        try:
+            assert writing.wait(30)
+            waiting = [pool.submit(post, server, "/v1/completions", json=asked) for _ in range(4)]
+            eventually(lambda: held(server) == 4)
+            assert server.state == "syncing" and not any(one.done() for one in waiting)
+        finally:
+            go.set()
+        assert sync.result(60).version == version + 1
+        assert {one.result(60).json()["policy_version"] for one in waiting} == {version + 1}
 
 
 def test_a_client_that_goes_away_frees_its_generation(server, monkeypatch):
