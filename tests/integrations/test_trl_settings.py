@@ -128,7 +128,9 @@ def test_failures_of_training_leave_an_engine_that_serves(tiny_folder, tokenizer
         trainer.evaluate()
         logged = trainer.state.log_history[-1]["eval_rollout/truncated_mass"]
         assert logged == pytest.approx(sum(cut[-4:]) / 4, abs=1e-4)
+        so_far = len(cut)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert len(cut) == so_far + 2  # rollouts, of the steps after the first
         assert trainer.state.global_step == 3 and server.state == "awake"
         server.verify_weights()
     logs = [log for log in trainer.state.log_history if "rollout/truncated_mass" in log]
