@@ -8,11 +8,12 @@ is still there, is told.
 import asyncio
 import contextlib
 import json
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rollout_server.http.responses import send_error
+from rollout_server.http.responses import nothing, send_error
 
 _MESSAGE = "the session of this request has ended"
 _KIND = "authentication_error"  # as for one that comes later
@@ -63,19 +64,20 @@ class Ending:
             self._told = True
         started = streams = whole = False
 
-        async def until_ended() -> Message:
-            return await self._receive(receive)
+        def until_ended() -> Awaitable[Message]:
+            return self._receive(receive)
 
-        async def out(message: Message) -> None:
+        # No coroutine of its own: there are many messages.
+        def out(message: Message) -> Awaitable[None]:
             nonlocal started, streams, whole
             if self.happened and (streams or not started):
-                return
+                return nothing()
             if message["type"] == "http.response.start":
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
                 started, streams = True, kind.startswith(b"text/event-stream")
             else:
                 whole = not message.get("more_body", False)
-            await send(message)
+            return send(message)
 
         try:
             await app(scope, until_ended, out)

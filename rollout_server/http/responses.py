@@ -10,6 +10,10 @@ class BadRequest(ValueError):
     """400; the message names the field, the value and the remedy."""
 
 
+async def nothing() -> None:
+    """In the place of a message that isn't sent."""
+
+
 async def send_error(
     send: Send,
     status: int,

@@ -1,7 +1,10 @@
 """What an answer says, as the assistant's message that a client sends back in its next request."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from rollout_server.http.routes import ANTHROPIC, CHAT, RESPONSES
 from rollout_server.http.tokens.splice import Message
@@ -22,6 +25,40 @@ def message_of(path: str, answer: dict[str, Any], choice: int = 0) -> Message | 
     return None
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    index: int = 0
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """What there is to know of a chat completion's event, or a completion's: reading this alone
+    takes a third of the time of reading all."""
+
+    choices: list[_Choice] = []
+    error: Any = None
+
+
+_read_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
 class Stream:
     """Puts the message together from a stream's events.
 
@@ -35,6 +72,30 @@ class Stream:
         self._reasoning: list[str] = []
         self._calls: dict[int, dict[str, str]] = {}
         self._whole: Message | None = None
+
+    def add_chunk(self, event: bytes) -> bool:
+        """An event of a route whose events have choices; whether it tells an error."""
+        try:
+            chunk = _read_chunk(event)
+        except msgspec.MsgspecError:  # NaN, for one
+            parsed = json.loads(event)
+            self.add(parsed)
+            return bool(parsed.get("error"))
+        for choice in chunk.choices:
+            if choice.index == 0:
+                self.ended = self.ended or bool(choice.finish_reason)
+                if self._path == CHAT and choice.delta is not None:
+                    self._add_delta(choice.delta)
+        return bool(chunk.error)
+
+    def _add_delta(self, delta: _Delta) -> None:
+        if delta.content:
+            self._content.append(delta.content)
+        if reasoning := delta.reasoning or delta.reasoning_content:
+            self._reasoning.append(reasoning)
+        for call in delta.tool_calls or ():
+            function = call.function or _Function()
+            self._call(call.index, {"name": function.name, "arguments": function.arguments})
 
     def add(self, event: dict[str, Any]) -> None:
         for choice in event.get("choices", ()):
@@ -75,7 +136,7 @@ class Stream:
         elif event.get("type") == "message_stop":
             self.ended = True
 
-    def _call(self, at: int, part: dict[str, Any]) -> None:
+    def _call(self, at: int, part: Mapping[str, Any]) -> None:
         call = self._calls.setdefault(at, {"name": "", "arguments": ""})
         for name in call:
             call[name] += part.get(name) or ""

@@ -16,7 +16,7 @@ from rollout_server.errors import StateError
 from rollout_server.http import routes
 from rollout_server.http.body import Gone, unless_gone
 from rollout_server.http.middleware.access_log import note
-from rollout_server.http.responses import send_error
+from rollout_server.http.responses import nothing, send_error
 from rollout_server.http.scope import SESSION
 from rollout_server.http.server.limits import Limits
 from rollout_server.lifecycle.gate import Gate, GateTimeout
@@ -153,13 +153,9 @@ def _telling_why(send: Send, gate: Gate) -> Send:
         if message["type"] == "http.response.start" and message["status"] == 500 and gate.why_shut:
             instead = True
             return send_error(send, 503, gate.why_shut, "service_unavailable")
-        return _nothing() if instead else send(message)
+        return nothing() if instead else send(message)
 
     return tell
-
-
-async def _nothing() -> None:
-    pass
 
 
 @dataclass

@@ -11,12 +11,13 @@ error where the answer is a failure of the server's own, else at debug level, fo
 
 import logging
 from collections import deque
+from collections.abc import Awaitable
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.errors import first_line
-from rollout_server.http.responses import send_error
+from rollout_server.http.responses import nothing, send_error
 from rollout_server.http.tokens.calls import current, is_request
 
 log = logging.getLogger(__name__)
@@ -54,13 +55,15 @@ class ErrorMiddleware:
         held: list[Message] = []
         started = False
 
-        async def out(message: Message) -> None:
+        # No coroutine of its own: there are many messages.
+        def out(message: Message) -> Awaitable[None]:
             nonlocal started
-            if held or (message["type"] == "http.response.start" and message["status"] == 500):
-                held.append(message)
-            else:
+            if not started:
+                if held or (message["type"] == "http.response.start" and message["status"] == 500):
+                    held.append(message)
+                    return nothing()
                 started = True
-                await send(message)
+            return send(message)
 
         error = None
         try:

@@ -4,9 +4,12 @@ vLLM reads and checks each message of a request, of a long conversation for long
 takes. It is handed the messages alone that it hasn't checked before: tokens/parsed_messages.py.
 """
 
+from collections.abc import Awaitable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.http.body import apart
+from rollout_server.http.responses import nothing
 from rollout_server.http.routes import CHAT
 from rollout_server.http.scope import BODY, REQUEST, SESSION, SIZE
 from rollout_server.http.tokens.calls import Call, current
@@ -38,12 +41,12 @@ class IncrementalMessagesMiddleware:
         cut = {**request, "messages": request["messages"][len(call.earlier.messages) :]}
         refused = False
 
-        async def unless_refused(message: Message) -> None:
+        # No coroutine of its own: there are many messages.
+        def unless_refused(message: Message) -> Awaitable[None]:
             nonlocal refused
             start = message["type"] == "http.response.start"
             refused = refused or (start and message["status"] >= 400 and not call.messages)
-            if not refused:
-                await send(message)
+            return nothing() if refused else send(message)
 
         await self._app({**scope, BODY: None, REQUEST: cut}, receive, unless_refused)
         if refused:

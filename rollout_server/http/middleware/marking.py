@@ -133,9 +133,7 @@ class MarkedAnswer:
         """What was spliced, and not looked at."""
         unread, self._unread = self._unread, []
         for body in unread:
-            event = _parsed(body[6:-2])
-            self._failed = self._failed or _tells_error(event)
-            stream.add(event)
+            self._failed = stream.add_chunk(body[6:-2]) or self._failed
 
     async def _events(self, message: Message) -> None:
         """Events end with an empty line; half an event waits for its other half."""

@@ -163,6 +163,15 @@ class Call:
         """All messages of the request, of which vLLM has `messages`."""
         return [*self.earlier.messages, *messages]
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it goes on from an earlier answer, or another may go on from its own."""
+        return self.conversation is not None or self.told is not None or self.with_logprobs
+
+    def passed_by(self) -> None:
+        """It is rendered where nothing needs to be known of it."""
+        self._seen = True
+
     def rendering(self, messages: list[Message], template: bytes) -> Known | None:
         """The tokens that the prompt goes on from, if they are known.
 
@@ -275,8 +284,9 @@ class Call:
         if ids:
             version, versions = self.version(), sample.versions
             if versions and versions[-1][0] == version:
-                start = versions.pop()[1]
-            versions.append((version, start, len(sample.ids)))
+                versions[-1] = (version, versions[-1][1], len(sample.ids))
+            else:
+                versions.append((version, start, len(sample.ids)))
 
 
 def _bounded(logprob: float) -> float:

@@ -96,6 +96,9 @@ def _hook_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> 
         call = current.get()
         if call is None:
             return await render(messages, params)
+        if openings is None and not call.remembers:
+            call.passed_by()
+            return await render(messages, params)
         known_before = call.earlier.messages
         messages = [*known_before, *map(_plain, messages[len(known_before) :])]
         rendering = _Rendering(render, params, copies=not parse_is_hooked)
