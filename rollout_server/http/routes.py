@@ -54,14 +54,15 @@ _PATTERNS = (
 NAMELESS = TGI  # where the model has no name
 REWARD = "/v1/reward"  # answered in front of these
 GEMINI = "/v1beta/openai"  # where clients of Gemini's OpenAI surface look for /v1
-_PATHS = {path for _, path in GENERATES | ANSWERS | PUBLIC} | {REWARD}
+_KNOWN = GENERATES | ANSWERS | PUBLIC
+_PATHS = {path for _, path in _KNOWN} | {REWARD}
 _SESSION = re.compile(r"^/sessions/[^/]+")
 
 
 def known(method: str, path: str) -> bool:
     """Whether a request for `method` and `path` may reach vLLM's app."""
     method = "GET" if method == "HEAD" else method
-    if (method, path) in GENERATES | ANSWERS | PUBLIC:
+    if (method, path) in _KNOWN:
         return True
     return any(method == m and pattern.fullmatch(path) for m, pattern, _ in _PATTERNS)
 
