@@ -36,6 +36,7 @@ _REFUSED = {
     "ec_transfer_params": _INSIDE,
     "vllm_xargs": _INSIDE,
     "extra_args": _INSIDE,
+    "previous_input_messages": "it is of gpt-oss alone, and dropped for others; give them as input",
     "priority": "all requests have the same; leave it out",
     "prompt_embeds": "give token ids or text as prompt",
     "logits_processors": "none can be named; leave it out",

@@ -307,6 +307,10 @@ def _logprobs(name: str, logprobs: Sequence[float], count: int) -> list[float]:
         raise ValueError(
             f"{name} has {len(logprobs)} values for {count} ids; give one for each token sampled"
         )
+    values = list(logprobs)
+    floats = set(map(type, values)) == {float}
+    if floats and math.isfinite(sum(values)) and min(values) >= LOWEST_LOGPROB:
+        return values  # as nearly all are
     values = []
     for i, value in enumerate(logprobs):
         if not isinstance(value, (int, float)) or math.isnan(value) or value == math.inf:

@@ -93,15 +93,15 @@ MODELS = {
         background cache_salt chat_template_kwargs enable_response_messages
         frequency_penalty ignore_eos include include_reasoning include_stop_str_in_output
         input instructions logit_bias max_output_tokens max_tool_calls metadata min_p
-        mm_payload model parallel_tool_calls presence_penalty previous_input_messages
+        mm_payload model parallel_tool_calls presence_penalty
         previous_response_id prompt prompt_cache_key reasoning repetition_penalty request_id
         return_mm_kwargs seed service_tier session_id skip_special_tokens stop
         stop_token_ids store stream structured_outputs temperature text tool_choice tools
         top_k top_logprobs top_p truncation user watermarking
         """,
         refused="""
-        ec_transfer_params kv_transfer_params media_io_kwargs mm_processor_kwargs priority
-        vllm_xargs
+        ec_transfer_params kv_transfer_params media_io_kwargs mm_processor_kwargs
+        previous_input_messages priority vllm_xargs
         """,
     ),
     "TokenizeChatRequest": Fields(

@@ -11,7 +11,7 @@ from rollout_server.http import routes
 from rollout_server.http.dialects.messages import Stream, message_of
 from rollout_server.http.middleware.marks import Marks
 from rollout_server.http.retries import Copy
-from rollout_server.http.routes import CHAT, COMPLETIONS
+from rollout_server.http.routes import CHAT, COMPLETIONS, CONVERSATIONS
 from rollout_server.http.sessions import Live
 from rollout_server.http.tokens.calls import Call, digest
 from rollout_server.http.tokens.history import History
@@ -99,9 +99,11 @@ class MarkedAnswer:
         if message.get("more_body", False):
             return
         body, answer = self._pending, None
-        if self._marks.with_tokens or self._live is not None:
+        if self._marks.with_tokens or (self._live is not None and self._path in CONVERSATIONS):
             answer = _parsed(body)
             self._record(message_of(self._path, answer))
+        elif self._live is not None:
+            self._record(None)
         body = self._marks.body(body, answer)
         headers = [
             (k, str(len(body)).encode() if k == b"content-length" else v)
