@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import getpass
 import os
 import pty
@@ -22,8 +23,13 @@ _MARK = "ROLLOUT_SERVER_TEST"
 CLOSED = "its window is closed"
 
 
-def _take_terminal():
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def _begin(terminal):
+    """As a shell in a terminal starts it: where the tests run in the background signals may be
+    ignored, which a process has from its parent."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if terminal:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Doomed:
@@ -49,7 +55,7 @@ class Doomed:
                 stderr=err,
                 env=env,
                 start_new_session=terminal,
-                preexec_fn=_take_terminal if terminal else None,
+                preexec_fn=functools.partial(_begin, terminal),
             )
             if terminal:
                 os.close(inside)
