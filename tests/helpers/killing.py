@@ -1,6 +1,7 @@
 """Killing a trainer, and looking for what it leaves behind."""
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import getpass
@@ -19,13 +20,15 @@ from urllib.parse import urlsplit
 import psutil
 
 SCRIPT = Path(__file__).parents[1] / "trainers" / "cycling.py"
+_LIBC = ctypes.CDLL(None)
 _MARK = "ROLLOUT_SERVER_TEST"
 CLOSED = "its window is closed"
 
 
 def _begin(terminal):
     """As a shell in a terminal starts it: where the tests run in the background signals may be
-    ignored, which a process has from its parent."""
+    ignored, which a process has from its parent. It ends with the tests, however they do."""
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     if terminal:

@@ -57,6 +57,8 @@ class BodyLimitMiddleware:
                 await send_error(send, 400, str(error), "invalid_request_error")
                 return
             except _Refused as refused:
+                self._bytes -= taken
+                taken = 0
                 await send_error(lingering(receive, send), *refused.answer)
                 return
             except Gone:

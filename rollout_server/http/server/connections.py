@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import resource
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -17,6 +17,7 @@ from rollout_server.http.responses import send_error
 from rollout_server.http.server.limits import Limits
 
 _OTHER_FILES = 1024  # that this process has or may open besides connections
+_LARGE = 64 << 10  # bytes
 _LINGER_SECONDS, _LINGER_BYTES = 5.0, 1 << 26  # what a client may go on sending to be told why not
 
 
@@ -37,11 +38,13 @@ class _Connection(HttpToolsProtocol):
         self._reading: Timer | None = None  # while a header is incomplete
         self._writing: Timer | None = None  # while written bytes aren't taken
         self._header_bytes = 0
+        self._out = JoinedWrites(self.loop)
         self._discarded: int | None = None  # bytes, once nothing more is read
         self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._out.transport = transport
         if len(self.connections) > self.limits.connections:
             _answer(transport, "503 Service Unavailable", "too many connections", "retry-after: 5")
             transport.close()
@@ -67,6 +70,8 @@ class _Connection(HttpToolsProtocol):
         fits = size <= self.limits.header_bytes and len(self.headers) <= self.limits.headers
         self.app = self._served if fits else _header_too_large
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = cast(asyncio.Transport, self._out)
 
     def data_received(self, data: bytes) -> None:
         if self._discarded is not None:
@@ -90,19 +95,19 @@ class _Connection(HttpToolsProtocol):
         if self._header_bytes:
             self._cut("408 Request Timeout", "the request's header took too long")
         elif self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self._out.close()
 
     def _cut(self, status: str, message: str) -> None:
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
-            _answer(self.transport, status, message)
+            _answer(self._out, status, message)
             self._linger()
         else:  # an answer to an earlier request is under way
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        _answer(self.transport, "400 Bad Request", msg)
+        _answer(self._out, "400 Bad Request", msg)
         self._linger()
 
     def _linger(self) -> None:
@@ -111,6 +116,7 @@ class _Connection(HttpToolsProtocol):
         _cancel(self._reading)
         self._reading = None
         self._discarded = 0
+        self._out.flush()
         self.transport.write_eof()
         self._lingering = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)
 
@@ -126,6 +132,10 @@ class _Connection(HttpToolsProtocol):
         _cancel(self._writing)
         self._writing = None
 
+    def shutdown(self) -> None:
+        self._out.flush()
+        super().shutdown()
+
     def timeout_keep_alive_handler(self) -> None:
         waited = self.timeout_keep_alive_task
         if waited is not None and overslept(self.loop, waited.when()):
@@ -140,6 +150,52 @@ class _Connection(HttpToolsProtocol):
     def _later(self, work: Callable[[], None]) -> Timer:
         """Has `work` done when the client's time is over."""
         return Timer(self.loop, self.limits.patience, work)
+
+
+class JoinedWrites:
+    """A transport whose writes of one turn of the loop go out as one. An answer's header and body
+    are two, as are a stream's last events, and each that goes out by itself wakes the client.
+
+    transport: of which it is; set before anything is written.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self.flush)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= _LARGE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is now."""
+        parts, size = self._parts, self._size
+        self._parts, self._size = [], 0
+        if not parts or self.transport.is_closing():
+            return
+        if len(parts) == 1:
+            self.transport.write(parts[0])
+        elif size < _LARGE:
+            self.transport.write(b"".join(parts))
+        else:  # isn't copied
+            self.transport.writelines(parts)
+
+    def close(self) -> None:
+        self.flush()
+        self.transport.close()
+
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
 
 async def _header_too_large(scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,7 +230,9 @@ async def _discard(receive: Receive) -> None:
         discarded += len(message.get("body", b""))
 
 
-def _answer(transport: asyncio.Transport, status: str, message: str, *fields: str) -> None:
+def _answer(
+    transport: "asyncio.Transport | JoinedWrites", status: str, message: str, *fields: str
+) -> None:
     """Write a whole answer to a request that isn't there in full."""
     lines = [f"HTTP/1.1 {status}", "content-type: text/plain; charset=utf-8", *fields]
     lines += [f"content-length: {len(message)}", "connection: close", "", message]

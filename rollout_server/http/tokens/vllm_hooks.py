@@ -53,7 +53,7 @@ def _hook_chat(chat: Any) -> None:
 
     async def hooked(request: Any, *others: Any, **options: Any) -> Any:
         call = current.get()
-        if call is not None:
+        if call is not None and call.earlier.messages:
             request.messages = call.whole(request.messages)
         return await create(request, *others, **options)
 
