@@ -97,34 +97,40 @@ class AdmissionMiddleware:
         if (scope["method"], scope["path"]) not in routes.GENERATES:
             await self._app(scope, receive, send)
             return
-        if self._gate.is_open and self.waiting < self._most and self.admission.enter_at_once():
-            note(scope).held = 0.0
-            try:
-                await self._app(scope, receive, _telling_why(send, self._gate))
-            finally:
-                self.admission.leave()
-            return
-        live, turn, started = scope.get(SESSION), _Turn(), time.perf_counter()
+        turn, started = _Turn(), time.perf_counter()
         try:
-            try:
-                owner = None if live is None else live.session.id
-                await unless_gone(receive, self._enter(owner, turn))
-            except GateTimeout as late:
-                await _send_unavailable(send, str(late), late.retry_after)
-            except _Full:
-                self._gate.metrics.count("gate_refused_requests", reason="full")
-                message = f"{self._most} requests wait already; come back"
-                await _send_unavailable(send, message, _RETRY)
-            except StateError as shut:
-                await _send_unavailable(send, str(shut))
-            except Gone:
-                pass
-            else:
+            if self._enter_at_once(turn) or await self._let_in(scope, receive, send, turn):
                 note(scope).held = time.perf_counter() - started
                 await self._app(scope, receive, _telling_why(send, self._gate))
         finally:
             if turn.taken:
                 self.admission.leave()
+
+    def _enter_at_once(self, turn: "_Turn") -> bool:
+        """Whether nobody and nothing needs to be waited for, as mostly."""
+        free = self._gate.is_open and self.waiting < self._most
+        turn.taken = free and self.admission.enter_at_once()
+        return turn.taken
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send, turn: "_Turn") -> bool:
+        """Have a request wait; False if it isn't let in, and its client has been told."""
+        live = scope.get(SESSION)
+        owner = None if live is None else live.session.id
+        try:
+            await unless_gone(receive, self._enter(owner, turn))
+        except GateTimeout as late:
+            await _send_unavailable(send, str(late), late.retry_after)
+        except _Full:
+            self._gate.metrics.count("gate_refused_requests", reason="full")
+            message = f"{self._most} requests wait already; come back"
+            await _send_unavailable(send, message, _RETRY)
+        except StateError as shut:
+            await _send_unavailable(send, str(shut))
+        except Gone:
+            pass
+        else:
+            return True
+        return False
 
     async def _enter(self, owner: str | None, turn: "_Turn") -> None:
         if self.waiting >= self._most:

@@ -153,8 +153,8 @@ class _Connection(HttpToolsProtocol):
 
 
 class JoinedWrites:
-    """A transport whose writes of one turn of the loop go out as one. An answer's header and body
-    are two, as are a stream's last events, and each that goes out by itself wakes the client.
+    """A transport that writes an answer's header and what follows it at once as one: each write
+    wakes the client.
 
     transport: of which it is; set before anything is written.
     """
@@ -163,29 +163,26 @@ class JoinedWrites:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._header = b""
 
     def write(self, data: bytes) -> None:
-        if not self._parts:
+        if not self._header and data.startswith(b"HTTP/"):
+            self._header = data
             self._loop.call_soon(self.flush)
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size >= _LARGE:
+        elif not self._header:
+            self.transport.write(data)
+        elif len(data) >= _LARGE:  # isn't copied
+            self.flush()
+            self.transport.write(data)
+        else:
+            self._header += data
             self.flush()
 
     def flush(self) -> None:
-        """Write what there is now."""
-        parts, size = self._parts, self._size
-        self._parts, self._size = [], 0
-        if not parts or self.transport.is_closing():
-            return
-        if len(parts) == 1:
-            self.transport.write(parts[0])
-        elif size < _LARGE:
-            self.transport.write(b"".join(parts))
-        else:  # isn't copied
-            self.transport.writelines(parts)
+        """Write what waits."""
+        waiting, self._header = self._header, b""
+        if waiting and not self.transport.is_closing():
+            self.transport.write(waiting)
 
     def close(self) -> None:
         self.flush()
