@@ -34,11 +34,13 @@ def engine_arguments(
     sampling: Mapping[str, Any],
     seed: int,
     on_cpu: bool,
+    device: int | None = None,
 ) -> dict[str, Any]:
     """Fields for vLLM's `AsyncEngineArgs`.
 
     folder: with the config and the tokenizer; names: model names to serve under;
-    sampling: defaults for fields that a request leaves out.
+    sampling: defaults for fields that a request leaves out; device: the GPU, as torch counts it in
+    this process.
     """
     chosen: dict[str, Any] = {
         "model": folder,
@@ -70,7 +72,7 @@ def engine_arguments(
             "kv_cache_memory_bytes": _cpu_kv_cache(config),
         }
     else:
-        chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(config)
+        chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(config, device)
     if config.reasoning_parser is not None:
         chosen["reasoning_parser"] = config.reasoning_parser  # a grammar begins after reasoning
     if "load_format" in config.engine_args:
@@ -187,7 +189,7 @@ def _cpu_kv_cache(config: RolloutConfig) -> int:
     return wanted
 
 
-def _gpu_memory(config: RolloutConfig) -> dict[str, Any]:
+def _gpu_memory(config: RolloutConfig, device: int | None) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
@@ -195,13 +197,19 @@ def _gpu_memory(config: RolloutConfig) -> dict[str, Any]:
             "vLLM's GPU build is installed but torch sees no GPU; install rollout_server[cpu] "
             "for a machine without one"
         )
-    free, total = torch.cuda.mem_get_info()
-    wanted = config.kv_cache_memory_bytes
+    wanted, share = config.kv_cache_memory_bytes, config.gpu_memory_utilization
+    if wanted is None and share is not None:
+        return {"gpu_memory_utilization": share}
+    # Of the device by its name: the current one of this thread is another, where there are several.
+    free, total = torch.cuda.mem_get_info(device)
+    # With a KV cache of a given size vLLM measures nothing, and still wants this share to be free:
+    # its default, nearly all, never is beside a trainer.
+    memory: dict[str, Any] = {"gpu_memory_utilization": share or round(free / total / 2, 3)}
     if wanted is not None:
         if wanted > free:
             raise OutOfMemoryError(
                 f"kv_cache_memory_bytes={wanted}: only {free} bytes of GPU memory are free; "
                 "ask for less"
             )
-        return {"kv_cache_memory_bytes": wanted}
-    return {"gpu_memory_utilization": config.gpu_memory_utilization or round(free / total / 2, 3)}
+        memory["kv_cache_memory_bytes"] = wanted
+    return memory

@@ -47,7 +47,9 @@ async def start_engine(
     write_specs(folder, source.specs)
     write_views(folder, views_of(policy.bare, source.specs))
     on_cpu = current_platform.is_cpu()
-    arguments = engine_arguments(config, folder, names, dtype, sampling, policy.seed, on_cpu)
+    arguments = engine_arguments(
+        config, folder, names, dtype, sampling, policy.seed, on_cpu, policy.gpu
+    )
     if source.adapter is not None:
         arguments = adapter_arguments(source.adapter) | arguments
     eager = bool(arguments.get("enforce_eager"))
