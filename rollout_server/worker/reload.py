@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -28,7 +29,9 @@ def part(worker: Any, pieces: Sequence[Piece], first: bool, last: bool, layerwis
     """
     model = worker.get_model()
     plan = model.rollout_plan
-    with torch.device(next(model.parameters()).device):
+    # Layers that are processed anew look up how they were built.
+    device = torch.device(next(model.parameters()).device)
+    with set_current_vllm_config(worker.vllm_config), device:
         if first:
             worker.rollout_assembly = {}
             mark(model)

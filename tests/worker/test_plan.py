@@ -229,17 +229,38 @@ def test_padding_that_vllm_knows_of_is_zero_and_no_error():
     assert (model.embed[6:] == 0).all()
 
 
+CONFIG = object()  # vLLM's
+
+
 def _reloaded(model, tensors, cut=None):
     """What `reload.part` does in a worker, in one part or in two."""
     from rollout_server.worker import reload
 
     pieces = [Piece(name, 0, t) for name, t in tensors.items()]
-    worker = SimpleNamespace(get_model=lambda: model)
+    worker = SimpleNamespace(get_model=lambda: model, vllm_config=CONFIG)
     with torch.no_grad():
         if cut is None:
             return reload.part(worker, pieces, True, True, layerwise=False)
         reload.part(worker, pieces[:cut], True, False, layerwise=False)
         reload.part(worker, pieces[cut:], False, True, layerwise=False)
+
+
+def test_a_reload_has_the_engines_config():
+    """Layers look it up when what they were loaded with is processed."""
+    from vllm.config import get_current_vllm_config
+
+    seen, tensors = [], weights()
+    model = loader(_computed)
+    model.rollout_plan = record(model, specs(tensors), tensors.items(), write=True)
+    load = model.load_weights
+
+    def loading(weights):
+        seen.append(get_current_vllm_config())
+        return load(weights)
+
+    model.load_weights = loading
+    _reloaded(model, tensors)
+    assert seen == [CONFIG]
 
 
 @pytest.mark.parametrize("cut", [None, 2])
