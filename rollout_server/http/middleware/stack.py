@@ -56,31 +56,39 @@ def layered(
     """
     limits, journal = limits or Limits(), journal or Journal()
     middleware = [
-        Middleware(AccessLogMiddleware, journal, version),  # numbers, counts and logs it
-        Middleware(AuthMiddleware, key, sessions),  # whose it is: 401, 403
-        Middleware(RoutingMiddleware),  # what there is: 404, 405
-        Middleware(BodyLimitMiddleware, limits),  # takes its body in: 400, 408, 413
-        Middleware(
-            AdmissionMiddleware, gate, limits
-        ),  # has it wait for the engine, and for its turn: 503
-        Middleware(RewardMiddleware),  # answers POST /v1/reward
+        # Numbers, counts and logs a request.
+        Middleware(AccessLogMiddleware, journal, version),
+        # Finds out whose it is: 401, 403.
+        Middleware(AuthMiddleware, key, sessions),
+        # Knows what there is: 404, 405.
+        Middleware(RoutingMiddleware),
+        # Takes its body in: 400, 408, 413.
+        Middleware(BodyLimitMiddleware, limits),
+        # Has it wait for the engine, and for its turn: 503.
+        Middleware(AdmissionMiddleware, gate, limits),
+        # Answers POST /v1/reward.
+        Middleware(RewardMiddleware),
         # Makes a call of it, marks the answer with versions, records it in a session.
         Middleware(RecordingMiddleware, gate, version, vocabulary, sampling, sessions.retries),
-        Middleware(ModelNameMiddleware, names),  # knows the model by its names: 404
-        Middleware(
-            IncrementalMessagesMiddleware
-        ),  # leaves out the messages that vLLM has read before
-        Middleware(ErrorMiddleware),  # tells the errors of requests from vLLM's own
+        # Knows the model by its names: 404.
+        Middleware(ModelNameMiddleware, names),
+        # Leaves out the messages that vLLM has read before.
+        Middleware(IncrementalMessagesMiddleware),
+        # Tells the errors of requests from vLLM's own.
+        Middleware(ErrorMiddleware),
     ]
     if engine is not None:
         client, texts = engine.client, engine.texts
         middleware += [
-            Middleware(DirectEndpoints, app),  # spares plain requests FastAPI's routing
-            Middleware(TextGeneration, client, texts, sampling),  # answers TGI's routes
-            Middleware(SGLangGenerate, client, sampling, version, texts),  # answers SGLang's
-            Middleware(MetricsMiddleware, journal.metrics),  # answers GET /metrics
+            # Spares plain requests FastAPI's routing.
+            Middleware(DirectEndpoints, app),
+            # Answer the routes of TGI, of SGLang, and GET /metrics.
+            Middleware(TextGeneration, client, texts, sampling),
+            Middleware(SGLangGenerate, client, sampling, version, texts),
+            Middleware(MetricsMiddleware, journal.metrics),
         ]
-    middleware.append(Middleware(ReplayBody))  # hands the body on as any server does
+    # Hands the body on as a server does.
+    middleware.append(Middleware(ReplayBody))
     for layer in reversed(middleware):
         app = layer.cls(app, *layer.args, **layer.kwargs)
     return app
