@@ -46,9 +46,8 @@ class MarkedAnswer:
         self._path, self._call, self._live, self._answered = path, call, live, answered
         self._send, self._version, self._copy = send, version, copy
         self._marks = Marks(path, request, call, version)
-        self._stream = (
-            Stream(path) if live is not None or self._marks.with_tokens else None
-        )  # what the next turn's history has of it
+        # What the next turn's history has of it.
+        self._stream = Stream(path) if live is not None or self._marks.with_tokens else None
         self._take: Callable[[Message], Awaitable[None]] = self._begin
         self._start: Message = {}
         self._pending = b""
