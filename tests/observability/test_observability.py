@@ -580,7 +580,7 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
     code = """
         import asyncio, httpx
         from prometheus_client import Counter
-        from rollout_server.http.dialects.metrics import Scrape
+        from rollout_server.http.dialects.metrics import MetricsMiddleware
         from rollout_server.observability.metrics import Metrics
 
         Counter("other", "Of another library.").inc(3)
@@ -589,7 +589,7 @@ def test_in_prometheus_clients_multiprocess_mode_too(tmp_path):
             for failures in (1, 2):  # one server, and the next
                 metrics = Metrics()
                 metrics.count("sync_failures", failures)
-                transport = httpx.ASGITransport(app=Scrape(None, metrics))
+                transport = httpx.ASGITransport(app=MetricsMiddleware(None, metrics))
                 async with httpx.AsyncClient(transport=transport) as client:
                     print((await client.get("http://server/metrics")).text)
 
