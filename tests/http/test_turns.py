@@ -28,7 +28,7 @@ SECOND = [*FIRST, say("assistant", "One."), say("user", "Two?")]
 
 
 def taken(*requests):
-    """An `Accepted` with these, and what it kept of each."""
+    """A `ParsedMessageCache` with these, and what it kept of each."""
     accepted = ParsedMessageCache()
     for messages in requests:
         accepted.add(messages, [dict(m) for m in messages], accepted.find(messages))

@@ -32,7 +32,7 @@ class Note:
 
 
 def note(scope: Scope) -> Note:
-    """A request's; one that nobody reads where the request came past `Seen`."""
+    """A request's; one that nobody reads where the request came past it."""
     noted: Note | None = scope.get(_NOTE)
     return noted or Note()
 

@@ -153,8 +153,11 @@ class _Connection(HttpToolsProtocol):
 
 
 class JoinedWrites:
-    """A transport that writes an answer's header and what follows it at once as one: each write
-    wakes the client.
+    """A transport whose writes of one turn of the loop go out as one, at its end.
+
+    An answer's header and body are two, as are a stream's last events. And the events of all
+    streams that are ready together go out together: each write wakes a client, which would take
+    the core or its caches in between.
 
     transport: of which it is; set before anything is written.
     """
@@ -163,26 +166,29 @@ class JoinedWrites:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
-        self._header = b""
+        self._parts: list[bytes] = []
+        self._size = 0
 
     def write(self, data: bytes) -> None:
-        if not self._header and data.startswith(b"HTTP/"):
-            self._header = data
+        if not self._parts:
             self._loop.call_soon(self.flush)
-        elif not self._header:
-            self.transport.write(data)
-        elif len(data) >= _LARGE:  # isn't copied
-            self.flush()
-            self.transport.write(data)
-        else:
-            self._header += data
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= _LARGE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        waiting, self._header = self._header, b""
-        if waiting and not self.transport.is_closing():
-            self.transport.write(waiting)
+        """Write what there is now."""
+        parts, size = self._parts, self._size
+        self._parts, self._size = [], 0
+        if not parts or self.transport.is_closing():
+            return
+        if len(parts) == 1:
+            self.transport.write(parts[0])
+        elif size < _LARGE:
+            self.transport.write(b"".join(parts))
+        else:  # isn't copied
+            self.transport.writelines(parts)
 
     def close(self) -> None:
         self.flush()
