@@ -78,17 +78,18 @@ class Stream:
         try:
             chunk = _read_chunk(event)
         except msgspec.MsgspecError:  # NaN, for one
-            parsed = json.loads(event)
-            self.add(parsed)
-            return bool(parsed.get("error"))
+            chunk = msgspec.convert(json.loads(event), _Chunk)
+        self._choices(chunk)
+        return bool(chunk.error)
+
+    def _choices(self, chunk: _Chunk) -> None:
         for choice in chunk.choices:
             if choice.index == 0:
                 self.ended = self.ended or bool(choice.finish_reason)
                 if self._path == CHAT and choice.delta is not None:
-                    self._add_delta(choice.delta)
-        return bool(chunk.error)
+                    self._delta(choice.delta)
 
-    def _add_delta(self, delta: _Delta) -> None:
+    def _delta(self, delta: _Delta) -> None:
         if delta.content:
             self._content.append(delta.content)
         if reasoning := delta.reasoning or delta.reasoning_content:
@@ -98,11 +99,8 @@ class Stream:
             self._call(call.index, {"name": function.name, "arguments": function.arguments})
 
     def add(self, event: dict[str, Any]) -> None:
-        for choice in event.get("choices", ()):
-            if choice.get("index", 0) == 0:
-                self.ended = self.ended or bool(choice.get("finish_reason"))
-                if self._path == CHAT:
-                    self._delta(choice.get("delta") or {})
+        if "choices" in event:
+            self._choices(msgspec.convert(event, _Chunk))
         for name in ("meta_info", "details"):  # of SGLang's /generate, of TGI's
             if end := event.get(name):
                 self.ended = self.ended or bool(end.get("finish_reason"))
@@ -112,12 +110,6 @@ class Stream:
                 self.ended = True
         elif self._path == ANTHROPIC:
             self._block(event)
-
-    def _delta(self, delta: dict[str, Any]) -> None:
-        self._content.append(delta.get("content") or "")
-        self._reasoning.append(delta.get("reasoning") or delta.get("reasoning_content") or "")
-        for call in delta.get("tool_calls") or ():
-            self._call(call.get("index", 0), call.get("function") or {})
 
     def _block(self, event: dict[str, Any]) -> None:
         at = event.get("index", 0)

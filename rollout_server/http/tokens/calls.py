@@ -168,10 +168,6 @@ class Call:
         """Whether it goes on from an earlier answer, or another may go on from its own."""
         return self.conversation is not None or self.told is not None or self.with_logprobs
 
-    def passed_by(self) -> None:
-        """It is rendered where nothing needs to be known of it."""
-        self._seen = True
-
     def rendering(self, messages: list[Message], template: bytes) -> Known | None:
         """The tokens that the prompt goes on from, if they are known.
 

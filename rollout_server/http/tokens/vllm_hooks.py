@@ -94,10 +94,7 @@ def _hook_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> 
     async def hooked(messages: Sequence[Any], params: Any) -> Any:
         nonlocal warned
         call = current.get()
-        if call is None:
-            return await render(messages, params)
-        if openings is None and not call.remembers:
-            call.passed_by()
+        if call is None or (openings is None and not call.remembers):
             return await render(messages, params)
         known_before = call.earlier.messages
         messages = [*known_before, *map(_plain, messages[len(known_before) :])]
