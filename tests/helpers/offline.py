@@ -3,7 +3,7 @@
 import asyncio
 
 import jinja2
-import templates
+import played
 
 from rollout_server.http.tokens.history import History
 from rollout_server.http.tokens.splice import Known, Splicer
@@ -23,7 +23,7 @@ class Server:
 
     async def render(self, messages, generation):
         try:
-            return templates.rendered_text(self.case, messages, generation)
+            return played.rendered_text(self.case, messages, generation)
         except (jinja2.TemplateError, TypeError, KeyError, ValueError):
             return None
 
@@ -36,7 +36,7 @@ class Server:
             self.spliced = ids is not None
             if ids is not None:
                 return ids
-        return templates.render(case, messages)
+        return played.render(case, messages)
 
     def answered(self, turn, prompt):
         node = self.tree.add(

@@ -9,28 +9,15 @@ import anthropic
 import httpx
 import openai
 import pytest
+from over_http import MESSAGES, get, post
 from support import eventually, held, trainer_logprobs, under_way
 
 pytestmark = pytest.mark.slow
-
-MESSAGES = [{"role": "user", "content": "What is two plus two?"}]
 
 
 @pytest.fixture
 def client(server):
     return server.openai()
-
-
-def post(server, path, **request):
-    request.setdefault("headers", {})
-    headers = {"authorization": f"Bearer {server.api_key}"} | request.pop("headers")
-    root = server.base_url.removesuffix("/v1")
-    return httpx.post(root + path, headers=headers, timeout=60, **request)
-
-
-def get(server, path):
-    root = server.base_url.removesuffix("/v1")
-    return httpx.get(root + path, headers={"authorization": f"Bearer {server.api_key}"})
 
 
 # -- the openai client ------------------------------------------------------------------------

@@ -10,19 +10,15 @@ import gc
 import json
 import time
 
-import httpx
 import pytest
 import pytest_asyncio
+from small_app import House
 
 from rollout_server.concurrency.garbage import leave_out, take_in
 from rollout_server.http.body import LARGE, parse, written
-from rollout_server.http.middleware.stack import layered
-from rollout_server.http.sessions import Sessions
 from rollout_server.http.tokens.calls import Generation, Sample, current
-from rollout_server.lifecycle.gate import Gate
 from rollout_server.observability.loop_lag import LoopWatch
 from rollout_server.observability.metrics import Metrics
-from rollout_server.trajectories.session import Session
 
 MIB = 1 << 20
 CHAT = "/v1/chat/completions"
@@ -81,17 +77,11 @@ async def app(scope, receive, send):
 
 @pytest_asyncio.fixture
 async def post():
-    gate, sessions = Gate(hold_timeout=5), Sessions()
-    gate.open()
-    session = Session("http://server/v1", (None, None), sessions.remove, {})
-    sessions.add(session)
-    served = layered(app, "key", gate, lambda: 7, sessions, ["policy"], 100_000, {})
-    transport = httpx.ASGITransport(app=served)
+    house = House(app, vocabulary=100_000)
 
-    async def post(path, body, key=session.api_key):
-        headers = {"authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(transport=transport, base_url="http://s") as client:
-            return await client.post(path, content=body, headers=headers)
+    async def post(path, body):
+        async with house.client() as client:
+            return await client.post(path, content=body)
 
     leave_out()  # as a server does
     yield post

@@ -6,19 +6,14 @@ import json
 import logging
 from types import SimpleNamespace
 
-import httpx
 import pytest
+from small_app import KEY, House, events, say, start
 from support import soon
 
-from rollout_server.http.middleware.stack import layered
-from rollout_server.http.sessions import Sessions
 from rollout_server.http.tokens import vllm_hooks
 from rollout_server.http.tokens.calls import Generation, Sample, current
 from rollout_server.http.tokens.texts import Texts
 from rollout_server.lifecycle.gate import Gate
-from rollout_server.trajectories.session import Session
-
-KEY = "key-of-the-tests"
 
 
 class Answers:
@@ -38,15 +33,8 @@ class Answers:
         await send({"type": "http.response.body", "body": b""})
 
 
-def client(app, gate=None, version=lambda: 7, key=KEY, sessions=None):
-    if gate is None:
-        gate = Gate(hold_timeout=5)
-        gate.open()
-    sessions = sessions or Sessions()
-    served = layered(app, KEY, gate, version, sessions, ["policy", "base/model"], 100, {})
-    transport = httpx.ASGITransport(app=served)
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers)
+def client(app, gate=None, version=lambda: 7, key=KEY):
+    return House(app, gate, version, names=["policy", "base/model"]).client(key or "")
 
 
 async def test_json_answers_carry_the_version():
@@ -68,10 +56,9 @@ async def test_events_carry_the_version_however_they_are_cut(size):
     versions = iter(range(100))
     app = Answers(chunks, kind=b"text/event-stream; charset=utf-8")
     answer = await client(app, version=lambda: next(versions)).post("/v1/messages", json={})
-    lines = [line for line in answer.text.split("\n") if line.startswith("data: {")]
-    events = [json.loads(line[6:]) for line in lines]
-    assert [e.pop("policy_version") for e in events] == [1, 2]
-    assert events == [{"x": 1}, {"x": {"y": "data: {"}}]
+    told = events(answer)
+    assert [e.pop("policy_version") for e in told] == [1, 2]
+    assert told == [{"x": 1}, {"x": {"y": "data: {"}}]
     assert answer.text.endswith("data: [DONE]\n\n")
     assert "event: a\n" in answer.text and ": note\n" in answer.text
 
@@ -149,33 +136,27 @@ async def test_a_gate_that_is_shut_says_why():
 
 
 async def test_a_streams_end_is_recorded_before_it_is_told():
-    gate, sessions = Gate(hold_timeout=5), Sessions()
-    gate.open()
-    session = Session("http://server/v1", (None, None), sessions.remove, {})
-    sessions.add(session)
     recorded = []
 
     async def app(scope, receive, send):
         sample = Sample([5], [-1.0], versions=[(7, 0, 1)])
         current.get().generations.append(Generation([1], samples={0: sample}))
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await start(send)
         for reason in (None, "length"):
             sample.finish_reason = reason
-            event = {"choices": [{"index": 0, "text": "x", "finish_reason": reason}]}
-            body = b"data: " + json.dumps(event).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            await say(send, {"choices": [{"index": 0, "text": "x", "finish_reason": reason}]})
+        await say(send, "[DONE]", more=False)
 
     async def receive():
         return {"type": "http.request", "body": b"{}"}
 
     async def send(message):
-        recorded.append((message.get("body", b"")[-40:], len(session.tree.calls)))
+        recorded.append((message.get("body", b"")[-40:], len(house.session.tree.calls)))
 
-    key = [(b"authorization", f"Bearer {session.api_key}".encode())]
+    house = House(app)
+    key = [(b"authorization", f"Bearer {house.session.api_key}".encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": key}
-    await layered(app, KEY, gate, lambda: 7, sessions, ["policy"], 100, {})(scope, receive, send)
+    await house.app(scope, receive, send)
     assert [count for _, count in recorded] == [0, 0, 1, 1]
     assert b"length" in recorded[2][0]
 
@@ -328,11 +309,9 @@ TOLD = [
 async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
     tokenizer, path, body, in_session, refused
 ):
-    engine, sessions = Engine(), Sessions()
+    engine = Engine()
     state = SimpleNamespace(openai_serving_chat=None, _state={})
     vllm_hooks.install_hooks(engine, state, Texts(tokenizer))
-    session = Session("http://server/v1", (None, None), sessions.remove, {})
-    sessions.add(session)
 
     async def app(scope, receive, send):
         params = SimpleNamespace(
@@ -342,10 +321,10 @@ async def test_what_is_rendered_unseen_is_refused_where_it_must_be_exact(
             pass
         await Answers([b"{}"])(scope, receive, send)
 
-    key = session.api_key if in_session else KEY
-    answer = await client(app, sessions=sessions, key=key).post(path, json=body)
+    house = House(app)
+    answer = await house.post(path, body, key=None if in_session else KEY)
     assert engine.started == (not refused)
     assert answer.status_code == (400 if refused else 200)
     if refused:
         assert "gpt_oss" in answer.json()["error"]["message"]
-        assert not session.tree.calls
+        assert not house.session.tree.calls

@@ -4,16 +4,12 @@ import asyncio
 import copy
 import json
 
-import httpx
 import pytest
 from openai import BadRequestError
+from small_app import CHAT, KEY, House
 
-from rollout_server.http.middleware.stack import layered
-from rollout_server.http.sessions import Sessions
 from rollout_server.http.tokens.calls import current
 from rollout_server.http.tokens.parsed_messages import CachedPrefix, ParsedMessageCache
-from rollout_server.lifecycle.gate import Gate
-from rollout_server.trajectories.session import Session
 
 
 def say(role, content, **more):
@@ -128,20 +124,10 @@ class Reads:
 @pytest.fixture
 def reads():
     """(the app, post): post sends messages in a session, and gives the answer."""
-    app, gate, sessions = Reads(), Gate(hold_timeout=5), Sessions()
-    gate.open()
-    session = Session("http://server/v1", (None, None), sessions.remove, {})
-    sessions.add(session)
-    served = layered(app, "key", gate, lambda: 0, sessions, ["policy"], 100, {})
+    house = House(app := Reads())
 
-    async def post(messages, key=session.api_key, **more):
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=served))
-        async with client:
-            return await client.post(
-                "http://server/v1/chat/completions",
-                json={"messages": messages, **more},
-                headers={"authorization": f"Bearer {key}"},
-            )
+    async def post(messages, key=None, **more):
+        return await house.post(CHAT, {"messages": messages, **more}, key)
 
     return app, post
 
@@ -152,7 +138,7 @@ async def test_the_app_reads_what_is_new(reads):
     await post(SECOND, model="gpt-5")
     edited = [*SECOND[:3], say("user", "Edited.")]
     await post(edited)
-    await post([*SECOND, say("user", "More?")], key="key")  # no session
+    await post([*SECOND, say("user", "More?")], key=KEY)  # no session
     assert app.handed == [FIRST, SECOND[2:], edited, [*SECOND, say("user", "More?")]]
 
 

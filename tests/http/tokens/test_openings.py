@@ -3,6 +3,7 @@
 import asyncio
 from types import SimpleNamespace
 
+import played
 import pytest
 import templates
 from offline import Server
@@ -34,7 +35,7 @@ def test_the_opening_is_what_follows_the_last_message(name):
     for messages in ([ASKED], [ASKED, ANSWER, ASKED], [ASKED, CALLED, RESULT]):
         if messages[-1] is RESULT and not case.renders_tools:
             continue
-        prompt, found = templates.render(case, messages), opening(case, messages)
+        prompt, found = played.render(case, messages), opening(case, messages)
         if found is None:
             assert messages[-1] is RESULT  # the answer that called goes on
             continue
@@ -47,7 +48,7 @@ def test_the_opening_is_what_follows_the_last_message(name):
         text = case.tokenizer.decode(own, skip_special_tokens=False)
         before = case.tokenizer.decode(prompt[: len(prompt) - len(own)], skip_special_tokens=False)
         # All that comes after the message, but what of it has become one token with its end.
-        told = templates.rendered_text(case, messages)
+        told = played.rendered_text(case, messages)
         rest = told[told.rindex("</think>" if messages[-1] is RESULT else "then?") :]
         assert text.strip() in rest and len(own) >= len(found) - 1
         assert ("Two words." in before) is (ANSWER in messages)
@@ -68,7 +69,7 @@ def test_parsers_look_at_the_opening_alone(parser):
     first = [ASKED]
     sampled = tokenizer.encode(ANSWER["content"] + "<|im_end|>\n", add_special_tokens=False)
     again = tokenizer.encode("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
-    prompt = [*templates.render(case, first), *sampled, *again]
+    prompt = [*played.render(case, first), *sampled, *again]
     found = opening(case, first)
     closed = [*prompt, *tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)]
     closing = [*found, *closed[len(prompt) :]]

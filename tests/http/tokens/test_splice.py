@@ -3,6 +3,7 @@
 import copy
 import random
 
+import played
 import pytest
 import templates
 from offline import Server
@@ -25,7 +26,7 @@ def test_later_prompts_begin_with_what_was_sampled(name):
             return prompts[-1]
 
         before = None
-        for turn in templates.play(random.Random(seed), case, prompt):
+        for turn in played.play(random.Random(seed), case, prompt):
             if before is not None:
                 turns += 1
                 if not server.spliced:
@@ -69,7 +70,7 @@ def test_tokens_that_a_client_sends_are_checked_against_its_messages(name):
             given.append(server.prompt(case, messages))
             return given[-1]
 
-        for turn in templates.play(rng, case, prompt):
+        for turn in played.play(rng, case, prompt):
             known = Known(len(turn.messages), given[-1], turn.ids)
             messages = [*turn.messages, turn.message]
             honest += 1
@@ -113,7 +114,7 @@ def test_an_answer_that_was_cut_off_in_its_reasoning_is_believed(field):
     case = templates.case("qwen3")
     server, messages = Server(case), [{"role": "user", "content": "Well?"}]
     ids = case.tokenizer.encode("<think>\nBecause of", add_special_tokens=False)
-    known = Known(1, templates.render(case, messages), ids)
+    known = Known(1, played.render(case, messages), ids)
     for thought, believed in (("\nBecause of", True), ("\nOther", False)):
         answer = {"role": "assistant", "content": "", field: thought}
         told = [*messages, answer]

@@ -2,9 +2,10 @@
 
 from random import Random
 
+import played
 import pytest
 import templates
-from templates import play, render, rendered_text
+from played import play, render, rendered_text
 
 USER = {"role": "user", "content": "Well?"}
 
@@ -85,10 +86,10 @@ def test_an_answer_is_read_as_it_was_written(case):
             case, content="" if number and not case.content_with_calls else "Hé 👩‍🔬", calls=number
         )
         for seed in range(20):
-            ids = templates.sample(Random(seed), case, meant)
+            ids = played.sample(Random(seed), case, meant)
             if ids[-1] != case.end(meant):
                 continue
-            content, reasoning, calls = fields(templates.answer(case, prompt, ids))
+            content, reasoning, calls = fields(played.answer(case, prompt, ids))
             wanted, thought, functions = fields(meant)
             assert content.strip() == wanted
             assert reasoning is thought is None or reasoning.strip() == thought
@@ -100,7 +101,7 @@ def test_the_terminator_is_one_token(case):
     assert render(case, [{"role": "user", "content": token}]).count(case.terminator) > render(
         case, [USER]
     ).count(case.terminator)
-    assert case.terminator not in templates._raw(case).encode(token).ids
+    assert case.terminator not in played.raw(case).encode(token).ids
 
 
 def test_the_cases_differ():
