@@ -76,8 +76,9 @@ class RecordingMiddleware:
             answer = MarkedAnswer(path, request, call, None, answered, send, version, None)
             await self._pass_on(scope, receive, answer, call, request)
             return
-        name, session = await apart(scope[SIZE], _name, scope), live.session.id
-        if _may_repeat(scope) and (before := await self._retries.find(session, name)):
+        session = live.session.id
+        name, may_repeat = await apart(scope[SIZE], _named, scope)
+        if may_repeat and (before := await self._retries.find(session, name)):
             for message in before:
                 await send(message)
             return
@@ -135,13 +136,11 @@ class RecordingMiddleware:
         )
 
 
-def _name(scope: Scope) -> bytes:
-    """Of the call that a request is: an SDK's retry has the same."""
-    told = dict(scope["headers"]).get(b"idempotency-key")
-    said = scope["path"].encode() + b"\n" + scope[BODY]
-    return told or hashlib.blake2b(said, digest_size=16).digest()
-
-
-def _may_repeat(scope: Scope) -> bool:
+def _named(scope: Scope) -> tuple[bytes, bool]:
+    """A name of the call that a request is, which an SDK's retry has too; whether it may be one."""
     headers = dict(scope["headers"])
-    return headers.get(b"x-stainless-retry-count", b"0") != b"0" or b"idempotency-key" in headers
+    told = headers.get(b"idempotency-key")
+    if not (name := told):
+        said = scope["path"].encode() + b"\n" + scope[BODY]
+        name = hashlib.blake2b(said, digest_size=16).digest()
+    return name, told is not None or headers.get(b"x-stainless-retry-count", b"0") != b"0"
