@@ -17,7 +17,7 @@ from .trl_generation import EngineGeneration
 
 
 class AgentRollouts:
-    """Stands in for TRL's `rollout_func`."""
+    """Stands in for TRL's `rollout_func`. agent: of the steps that come next."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class AgentRollouts:
     ):
         self._server = server
         self._config = config
-        self._agent = agent
+        self.agent = agent
         self._generation = generation
         self._succeeded = False
         self.examples: list[dict[str, Any]] = []  # of the prompts that come next
@@ -58,7 +58,7 @@ class AgentRollouts:
         with bar:
             outcomes = run_agents(
                 self._server.session,
-                self._agent,
+                self.agent,
                 examples,
                 done=done,
                 concurrency=config.rollout_concurrency,

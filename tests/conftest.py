@@ -8,7 +8,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 import torch
 import torch.distributed as dist
-from support import MIB
+from support import MIB, tiny_sizes
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rollout_server import attach
@@ -32,13 +32,7 @@ def tiny_folder(tokenizer, tmp_path_factory):
     """A folder with a random two-layer Qwen2, embeddings tied."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
+        **tiny_sizes(len(tokenizer), max_position_embeddings=1024),
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.1,

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from support import MIB, eventually, greedy, trainer_logprobs, under_way
+from support import MIB, eventually, greedy, tiny_sizes, trainer_logprobs, under_way
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout_server.vllm_compat as compat
@@ -148,12 +148,14 @@ def test_an_engine_that_cannot_start_says_why(tiny, tokenizer, nothing_left):
 def test_an_engine_that_cannot_run_the_model_says_why(tokenizer, nothing_left):
     """vLLM's CPU attention knows no heads of 16: that shows in the first forward pass only."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
+        **tiny_sizes(
+            len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+        )
     )
     with pytest.raises(EngineStartError, match="head_dim=16"):
         attach(LlamaForCausalLM(config), tokenizer, **QUICK)
@@ -186,13 +188,7 @@ def test_twice_in_a_row_and_with_a_bf16_engine(tiny, tokenizer, nothing_left, ca
     # same port, a key and a name of the user's.
     untied = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
+            **tiny_sizes(len(tokenizer)),
             tie_word_embeddings=False,
             initializer_range=0.1,
             eos_token_id=tokenizer.eos_token_id,

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from told import told
 
 from rollout_server.errors import DeadlineError, RankError
 from rollout_server.ranks import Ranks
-from tests.ranks.told import told
 
 SCRIPTS = Path(__file__).parent / "ranks"
 ROOT = Path(__file__).parents[1]
+# What scripts import of the helpers, and DeepSpeed.
+PATH = os.pathsep.join(map(str, (Path(sys.prefix) / "deepspeed", ROOT / "tests" / "helpers")))
 MIB = 1 << 20
 
 
@@ -28,7 +30,7 @@ def start(script, *args, told):
         "TOLD": str(told),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(Path(sys.prefix) / "deepspeed"),
+        "PYTHONPATH": PATH,
     }
     return subprocess.Popen(
         [
@@ -143,7 +145,13 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
         text=True,
         timeout=280,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOLD": str(said)},
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TOLD": str(said),
+            "PYTHONPATH": PATH,
+        },
     )
     assert run.returncode == 0, run.stderr[-4000:]
     first, second = told(said)
@@ -159,7 +167,7 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
 def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tmp_path, port):
     # Not by torchrun, which ends the others itself.
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launched["TOLD"] = str(tmp_path)
+    launched |= {"TOLD": str(tmp_path), "PYTHONPATH": PATH}
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB)],

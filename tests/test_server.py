@@ -5,6 +5,7 @@ import os
 import threading
 import time
 
+import inside
 import psutil
 import pytest
 import torch
@@ -182,10 +183,9 @@ def test_other_tensors_than_at_attach_are_refused_with_the_list(server, shared_m
 
 
 def test_a_sync_that_waits_for_another_has_a_deadline(server, monkeypatch):
-    kind = type(server._sync)
-    monkeypatch.setattr(kind, "_allowed", property(lambda _: 0.2))
+    monkeypatch.setattr(type(inside.sync(server)), "_allowed", property(lambda _: 0.2))
     started = time.monotonic()
-    with server._sync._turn(), pytest.raises(DeadlineError, match="another sync_weights"):
+    with inside.turn(server), pytest.raises(DeadlineError, match="another sync_weights"):
         server.sync_weights()
     assert time.monotonic() - started < 10  # and not the deadline of a sync that has begun
     assert server.sync_weights().version == server.policy_version

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 import torch
+from inside import client as engine_client
 from support import MIB, spread
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +29,7 @@ def test_a_turn_costs_as_much_at_turn_100_as_at_turn_10(smollm2, tokenizer, repo
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     rows, ratios = {}, {}
     with attach(model, tokenizer, kv_cache_memory_bytes=2048 * MIB, progress=False) as server:
-        inside = _time_generate(server._engine.client)
+        inside = _time_generate(engine_client(server))
         for kind in ("session", "afresh"):
             early, late = _measured(server, inside, in_session=kind == "session")
             ratios[kind] = statistics.median(late) / statistics.median(early)

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-SCRIPT = Path(__file__).parents[1] / "trainers" / "interrupted.py"
+TESTS = Path(__file__).parents[1]
+SCRIPT, HELPERS = TESTS / "trainers" / "interrupted.py", TESTS / "helpers"
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -29,7 +30,7 @@ class Terminal:
         if self.pid == 0:
             for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)  # nohup and scripts have them ignored
-            os.environ["PS1"] = "$ "
+            os.environ |= {"PS1": "$ ", "PYTHONPATH": str(HELPERS)}
             os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
         os.set_blocking(self._end, False)
         self.type(" ".join(map(str, (*command, self.output))).encode() + b"\n")
@@ -101,21 +102,19 @@ CELLS = {
     "sleep": "while True: server.sleep(); server.wake()",
 }
 ATTACH = """
+import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from rollout_server import attach
+sys.path.append({1!r})
+from support import every_call
 model = AutoModelForCausalLM.from_pretrained({0!r}, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained({0!r})
 server = attach(model, tokenizer, kv_cache_memory_bytes=64 << 20, progress=False)
 engine = server.engine_pid
 """
 WELL = """
-server.wake()
-server.generate("And now", {"max_tokens": 2})
-server.sync_weights()
-server.sleep()
-server.wake()
-server.verify_weights()
+every_call(server)
 assert (server.state, server.engine_pid) == ("awake", engine)
 """
 
@@ -148,7 +147,7 @@ class Kernel:
 def test_in_a_notebook(tiny_folder):
     kernel = Kernel()
     try:
-        assert kernel.run(ATTACH.format(tiny_folder), 200) is None
+        assert kernel.run(ATTACH.format(tiny_folder, str(HELPERS)), 200) is None
         for name, code in CELLS.items():
             ended, seconds = kernel.interrupt_while_running(code)
             assert ended.startswith("KeyboardInterrupt"), (name, ended)

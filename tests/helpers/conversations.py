@@ -3,6 +3,7 @@
 import itertools
 import threading
 
+import anthropic
 from support import eventually, running, under_way
 
 TOKENS = 120  # of a request that is to be under way for a while
@@ -21,6 +22,39 @@ def converse(client, turns, **options):
         answers.append(answer)
         messages.append({"role": "assistant", "content": answer.choices[0].message.content})
     return messages, answers
+
+
+def converse_by_messages(session, turns, stream, **options):
+    """The answers of a conversation by Anthropic's client, one after another."""
+    url = session.environment["ANTHROPIC_BASE_URL"]
+    with anthropic.Anthropic(base_url=url, api_key=session.api_key) as client:
+        messages = []
+        for turn in range(turns):
+            messages.append({"role": "user", "content": f"Question {turn}?"})
+            asked = dict(model="policy", messages=messages) | options
+            if stream:
+                with client.messages.stream(**asked) as events:
+                    answer = events.get_final_message()
+            else:
+                answer = client.messages.create(**asked)
+            messages.append({"role": "assistant", "content": answer.content})
+            yield answer
+
+
+def converse_by_responses(client, turns, stream, **options):
+    """The answers of a conversation by Responses, one after another."""
+    items = []
+    for turn in range(turns):
+        items.append({"role": "user", "content": f"Question {turn}?"})
+        asked = dict(model="policy", input=items) | options
+        if stream:
+            with client.responses.stream(**asked) as events:
+                list(events)
+                answer = events.get_final_response()
+        else:
+            answer = client.responses.create(**asked)
+        items += [item.model_dump(exclude_none=True) for item in answer.output]
+        yield answer
 
 
 def sampled(answer):

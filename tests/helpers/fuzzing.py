@@ -8,6 +8,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import inside
 from good_requests import NASTY, ROUTES
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -134,7 +135,7 @@ def require_answering(server):
     with server.openai() as client:
         answer = client.completions.create(model="policy", prompt=[5], max_tokens=2)
     assert answer.usage.completion_tokens >= 1
-    assert not server._engine.client.output_processor.has_unfinished_requests()
+    assert not inside.output_processor(server).has_unfinished_requests()
     assert server.state == "awake"
 
 
@@ -148,9 +149,9 @@ def fuzz(server, cases, number, clients=4):
     return fuzzing.counts
 
 
-def _run(fuzzing, cases, number):
-    @seed(number)
-    @settings(
+def drawn(cases, number):
+    """A decorator of what hypothesis runs: so many cases, which the number decides."""
+    only_generated = settings(
         max_examples=cases,
         deadline=None,
         database=None,
@@ -158,6 +159,11 @@ def _run(fuzzing, cases, number):
         phases=[Phase.generate],
         print_blob=False,
     )
+    return lambda work: seed(number)(only_generated(work))
+
+
+def _run(fuzzing, cases, number):
+    @drawn(cases, number)
     @given(bodies(), st.booleans())
     def send(body, in_session):
         fuzzing.send(*body, in_session)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
+from support import tiny_sizes
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 _WIDTH = 128
@@ -16,13 +17,13 @@ _WIDTH = 128
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Mapping[int, Sequence[int]]):
     """A model that samples of `script[i]`, the first most likely, after token `i`."""
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
+        **tiny_sizes(
+            len(tokenizer),
+            hidden_size=_WIDTH,
+            intermediate_size=_WIDTH,
+            num_hidden_layers=1,
+            max_position_embeddings=2048,
+        ),
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
     )

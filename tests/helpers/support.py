@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import time
 
+import inside
 import torch
 
 MIB = 1 << 20
@@ -40,7 +41,7 @@ def held(server):
 
 def running(server, but=()):
     """vLLM's states of what the engine generates."""
-    states = server._engine.client.output_processor.request_states
+    states = inside.output_processor(server).request_states
     return [state for state in list(states.values()) if state not in but]
 
 
@@ -55,6 +56,32 @@ def greedy(server, prompt_ids, tokens=12):
         prompt_ids, {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
     )
     return completion
+
+
+def every_call(server):
+    """Each kind of call that the trainer makes, one after the other; awake afterwards."""
+    server.wake()
+    server.generate("And now", {"max_tokens": 2})
+    server.sync_weights()
+    server.sleep()
+    server.wake()
+    server.verify_weights()
+
+
+def tiny_sizes(vocabulary, **others):
+    """Sizes of a two-layer model, by the names of transformers' configs."""
+    return (
+        dict(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+        | others
+    )
 
 
 def reward_length(completions, **_):

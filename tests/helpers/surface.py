@@ -5,8 +5,8 @@ from collections import Counter
 
 import httpx
 import schemathesis
-from fuzzing import PATIENCE
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from fuzzing import PATIENCE, drawn
+from hypothesis import given
 
 from rollout_server.http import routes
 
@@ -109,15 +109,7 @@ def _shorten(path, request):
 def _send(client, root, operation, cases, number, counts):
     inside = operation.path.startswith("/sessions/")
 
-    @seed(number)
-    @settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-        print_blob=False,
-    )
+    @drawn(cases, number)
     @given(operation.as_strategy())
     def send(case):
         options = case.as_transport_kwargs(base_url=root)

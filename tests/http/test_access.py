@@ -3,6 +3,7 @@
 from urllib.parse import urlsplit
 
 import httpx
+import inside
 import pytest
 from attacks import CHAT, chat, completion
 from hostile import post
@@ -87,7 +88,7 @@ def test_keys_are_told_nowhere(answering, capfd, caplog, tmp_path):
             told += [httpx.get(root(server), headers=key(server) | {"x": "y"}).text]
         told += [httpx.get(root(server) + "/metrics", headers=key(server)).text]
         told += [str(error_of(server.sync_weights().__getattribute__, "nothing"))]
-        told += [*capfd.readouterr(), caplog.text, server._engine.log_tail(100_000)]
+        told += [*capfd.readouterr(), caplog.text, inside.engine(server).log_tail(100_000)]
     for secret in secrets:
         assert not any(secret in text for text in told)
 

@@ -8,34 +8,29 @@ import os
 import re
 import threading
 
+import inside
+
 os.environ.setdefault("OPENAI_AGENTS_DISABLE_TRACING", "1")
 
 import agents
-import anthropic
 import httpx
 import huggingface_hub
 import openai
 import pytest
-from conversations import converse, goes_on, sampled
+from conversations import (
+    converse,
+    converse_by_messages,
+    converse_by_responses,
+    goes_on,
+    sampled,
+)
 from support import held, soon
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_anthropic_conversations_are_recorded(server, stream):
     with server.session() as session:
-        client = anthropic.Anthropic(
-            base_url=session.environment["ANTHROPIC_BASE_URL"], api_key=session.api_key
-        )
-        messages = []
-        for turn in range(3):
-            messages.append({"role": "user", "content": f"Question {turn}?"})
-            asked = dict(model="policy", max_tokens=8, messages=messages, system="Be short.")
-            if stream:
-                with client.messages.stream(**asked) as events:
-                    answer = events.get_final_message()
-            else:
-                answer = client.messages.create(**asked)
-            messages.append({"role": "assistant", "content": answer.content})
+        list(converse_by_messages(session, 3, stream, max_tokens=8, system="Be short."))
         assert goes_on(session)
     (row,) = session.trajectory()
     assert sum(row.env_mask) == sum(len(c.ids) for c in session.tree.calls)
@@ -44,17 +39,7 @@ def test_anthropic_conversations_are_recorded(server, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses_are_recorded(server, stream):
     with server.session() as session, session.openai() as client:
-        items = []
-        for turn in range(3):
-            items.append({"role": "user", "content": f"Question {turn}?"})
-            asked = dict(model="policy", input=items, max_output_tokens=8)
-            if stream:
-                with client.responses.stream(**asked) as events:
-                    list(events)
-                    answer = events.get_final_response()
-            else:
-                answer = client.responses.create(**asked)
-            items += [item.model_dump(exclude_none=True) for item in answer.output]
+        list(converse_by_responses(client, 3, stream, max_output_tokens=8))
         assert goes_on(session)
 
 
@@ -296,8 +281,7 @@ def test_a_client_that_goes_away_frees_its_generation(server):
         # An answer that nobody has isn't part of the conversation.
         converse(client, 1)
         assert len(session.tree.calls) == 1
-    processor = server._engine.client.output_processor
-    assert not processor.has_unfinished_requests()
+    assert not inside.output_processor(server).has_unfinished_requests()
 
 
 CALL = r'<tool_call>\n\{"name": "look_up", "arguments": \{"what": "[a-z]{3}"\}\}\n</tool_call>'

@@ -1,19 +1,17 @@
 """The end of a session ends its requests."""
 
 import asyncio
+import functools
 import json
 import threading
 
 import pytest
 from small_app import CHAT, House, events, say, start
+from support import soon
 
 from rollout_server.http.server.limits import Limits
 
-
-async def until(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
+until = functools.partial(soon, within=10)
 
 
 def endless():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import anthropic
 import httpx
+import inside
 import openai
 import pytest
 from over_http import MESSAGES, get, post
@@ -282,14 +283,16 @@ def test_clients_wait_through_syncs_and_sleeps(server):
 
 def test_clients_wait_for_the_end_of_a_sync(server, monkeypatch):
     """Requests that come while weights are written are held at the gate, not in the engine."""
-    writing, go, write = threading.Event(), threading.Event(), server._engine.write_weights
+    writing, go = threading.Event(), threading.Event()
+    engine = inside.engine(server)
+    write = engine.write_weights
 
     async def held_up(message):
         writing.set()
         await asyncio.to_thread(go.wait, 60)
         return await write(message)
 
-    monkeypatch.setattr(server._engine, "write_weights", held_up)
+    monkeypatch.setattr(engine, "write_weights", held_up)
     version, asked = server.policy_version, {"model": "policy", "prompt": [5], "max_tokens": 2}
     with ThreadPoolExecutor(5) as pool:
         sync = pool.submit(server.sync_weights)
@@ -306,7 +309,7 @@ def test_clients_wait_for_the_end_of_a_sync(server, monkeypatch):
 
 def test_a_client_that_goes_away_frees_its_generation(server, monkeypatch):
     """Not by vLLM's metrics: those of a process are its newest engine's."""
-    processor, tokens = server._engine.client.output_processor, Counter()
+    processor, tokens = inside.output_processor(server), Counter()
     process = processor.process_outputs
 
     def counted(outputs, *others, **options):

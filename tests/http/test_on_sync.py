@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import httpx
+import inside
 import openai
 import pytest
 from conversations import TOKENS, Asking
@@ -73,8 +74,8 @@ def test_a_sleep_waits_for_one_that_finishes(server):
 
 
 def test_one_that_finishes_too_late_leaves_the_server_awake(server, monkeypatch):
-    config = dataclasses.replace(server._config, drain_timeout=0.05)
-    monkeypatch.setattr(server._lifecycle.steps, "config", config)
+    config = dataclasses.replace(inside.config(server), drain_timeout=0.05)
+    monkeypatch.setattr(inside.steps(server), "config", config)
     version = server.policy_version
     with Asking(server, on_sync="finish", tokens=300) as asked:
         for transition in (server.sleep, server.sync_weights):

@@ -67,7 +67,7 @@ def test_its_logprobs_are_the_trainers(real, model, tokenizer):
 
 
 def test_a_forced_tool_call(client):
-    answer = client.chat.completions.create(
+    asked = dict(
         model="policy",
         messages=MESSAGES,
         tools=[WEATHER],
@@ -75,18 +75,11 @@ def test_a_forced_tool_call(client):
         temperature=0,
         tool_choice={"type": "function", "function": {"name": "weather"}},
     )
+    answer = client.chat.completions.create(**asked)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "weather"
     assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
-    streamed = client.chat.completions.create(
-        model="policy",
-        messages=MESSAGES,
-        tools=[WEATHER],
-        max_tokens=100,
-        temperature=0,
-        stream=True,
-        tool_choice={"type": "function", "function": {"name": "weather"}},
-    )
+    streamed = client.chat.completions.create(**asked, stream=True)
     parts = [c.choices[0].delta.tool_calls for c in streamed if c.choices]
     arguments = "".join(p[0].function.arguments or "" for p in parts if p)
     assert json.loads(arguments)["city"] in ("Oslo", "Rome")

@@ -3,9 +3,9 @@
 import copy
 import itertools
 
-import anthropic
 import pytest
 import templates
+from conversations import converse_by_messages, converse_by_responses
 from scripted import chain, scripted
 from support import MIB
 from transformers import AddedToken
@@ -163,19 +163,10 @@ def test_reasoning_that_was_cut_off(server, words, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_in_responses(server, words, stream):
     with server.session() as session, session.openai() as client:
-        items = []
-        for turn in range(3):
-            items.append({"role": "user", "content": f"Question {turn}?"})
-            asked = dict(model="policy", input=items, max_output_tokens=40, temperature=0)
-            if stream:
-                with client.responses.stream(**asked) as events:
-                    list(events)
-                    answer = events.get_final_response()
-            else:
-                answer = client.responses.create(**asked)
+        asked = dict(max_output_tokens=40, temperature=0)
+        for answer in converse_by_responses(client, 3, stream, **asked):
             reasoning, _ = answer.output
             assert reasoning.content[0].text == THOUGHT and answer.output_text == SAID
-            items += [item.model_dump(exclude_none=True) for item in answer.output]
         goes_on(session, [words.turn] * 3)
         assert {_answer(call) for call in session.tree.calls} == {(THOUGHT, SAID)}
 
@@ -183,24 +174,10 @@ def test_reasoning_in_responses(server, words, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_in_anthropics_messages(server, words, stream):
     with server.session() as session:
-        client = anthropic.Anthropic(
-            base_url=session.environment["ANTHROPIC_BASE_URL"], api_key=session.api_key
-        )
-        messages = []
-        for turn in range(3):
-            messages.append({"role": "user", "content": f"Question {turn}?"})
-            asked = dict(
-                model="policy", max_tokens=40, messages=messages, extra_body={"temperature": 0}
-            )
-            if stream:
-                with client.messages.stream(**asked) as events:
-                    answer = events.get_final_message()
-            else:
-                answer = client.messages.create(**asked)
+        asked = dict(max_tokens=40, extra_body={"temperature": 0})
+        for answer in converse_by_messages(session, 3, stream, **asked):
             thinking, text = answer.content
             assert (thinking.thinking, text.text) == (THOUGHT, SAID)
-            messages.append({"role": "assistant", "content": answer.content})
-        client.close()
         goes_on(session, [words.turn] * 3)
         assert {_answer(call) for call in session.tree.calls} == {(THOUGHT, SAID)}
 

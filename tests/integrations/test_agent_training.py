@@ -126,7 +126,7 @@ def test_an_agent_that_never_works_is_told_at_once(trainer):
                 await client.chat.completions.create(**asked, extra_body=grammar)
             return 1.0
 
-        trainer.rollout_func._agent = other
+        trainer.rollout_func.agent = other
         trainer.train()
     log = next(log for log in trainer.state.log_history if "rollout/turns" in log)
     assert log["rollout/turns"] == 2 and log["reward"] == 1.0

@@ -22,9 +22,8 @@ def test_a_step_of_rollouts_is_one_line_where_no_bar_can_be_drawn(tokenizer, cap
 
     logged = {}
     server = SimpleNamespace(session=open_session, policy_version=3)
-    rollouts = AgentRollouts(
-        server, RolloutConfig(), agent, SimpleNamespace(log=logged.__setitem__, masked=[])
-    )
+    generation = SimpleNamespace(log=logged.__setitem__, masked=[])
+    rollouts = AgentRollouts(server, RolloutConfig(), agent, generation)
     main = SimpleNamespace(is_main_process=True)
     trainer = SimpleNamespace(accelerator=main, processing_class=tokenizer)
     rows = rollouts(["a", "b", "c"], trainer)
@@ -32,6 +31,6 @@ def test_a_step_of_rollouts_is_one_line_where_no_bar_can_be_drawn(tokenizer, cap
     told = capsys.readouterr().err
     lines = [line for line in told.splitlines() if line.startswith("rollout_server: 3 rollouts: ")]
     assert len(lines) == 1 and lines[0].endswith("1 failed") and "\r" not in told
-    rollouts = AgentRollouts(server, RolloutConfig(progress=False), agent, rollouts._generation)
+    rollouts = AgentRollouts(server, RolloutConfig(progress=False), agent, generation)
     rollouts(["a"], trainer)
     assert "rollouts" not in capsys.readouterr().err

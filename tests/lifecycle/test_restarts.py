@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from conversations import goes_on
+from inside import restarts
 from support import MIB, eventually, greedy, held, large_step
 from transformers import AutoModelForCausalLM
 
@@ -67,10 +68,6 @@ def mortals(policy, tokenizer):
 @pytest.fixture
 def mortal(mortals):
     return mortals()
-
-
-def restarts(server):
-    return server._lifecycle.steps.restarts
 
 
 def kill(server, how=signal.SIGKILL):

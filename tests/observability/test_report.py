@@ -5,6 +5,7 @@ import os
 import signal
 
 import httpx
+import inside
 import pytest
 import torch
 from over_http import MESSAGES
@@ -43,7 +44,7 @@ def test_a_report_in_any_state_without_secrets(tiny, tokenizer, monkeypatch):
     try:
         session.openai().chat.completions.create(model="policy", messages=MESSAGES, max_tokens=2)
         # What a library under the engine might print.
-        with open(os.path.join(server._folder, "engine.log"), "a") as log:
+        with inside.engine_log(server).open("a") as log:
             log.write("\n".join([*secrets, session.base_url, "the last line of the log\n"]))
         report = server.report()
         assert report["server"]["state"] == "awake" and report["engine"]["policy_version"] == 0

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import inside
 import psutil
 import torch
 import torch.distributed as dist
@@ -115,7 +116,7 @@ def main():
     if rank == 1:
         kept = parameter.detach().clone()
         parameter.data.view(-1)[0] = float("nan")
-        server._config.__dict__["check_finite"] = "always"
+        vars(inside.config(server))["check_finite"] = "always"
     said["nan"] = raised(server.sync_weights)
     if rank == 1:
         parameter.data.copy_(kept)

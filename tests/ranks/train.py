@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import inside
 import psutil
 import torch
 import torch.distributed as dist
@@ -171,7 +172,8 @@ def mended(server, current, folder, rank):
 
 def dies_at(server, step):
     """The engine is killed as it is asked for the step, the next time."""
-    engine, whole = server._engine, getattr(server._engine, step)
+    engine = inside.engine(server)
+    whole = getattr(engine, step)
 
     async def killed(*args):
         setattr(engine, step, whole)

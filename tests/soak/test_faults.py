@@ -7,6 +7,7 @@ import random
 import threading
 import time
 
+import inside
 import openai
 import psutil
 import pytest
@@ -34,13 +35,14 @@ class Faults:
         self._chance = random.Random(7)
         self._due = None
         self._lock = threading.Lock()
-        move = server._box.move
+        states = inside.states(server)
+        move = states.move
 
         def moved(to):
             move(to)
             self._at(to)
 
-        server._box.move = moved
+        states.move = moved
 
     @property
     def pending(self):
@@ -146,6 +148,10 @@ class Client(threading.Thread):
         return content, (last.prompt_token_ids, last.generation_token_ids)
 
 
+def restarted(server):
+    return server.metrics()["rollout_server_engine_restarts_total"]
+
+
 @pytest.mark.timeout(4 * 3600)
 def test_faults_at_every_transition(tiny_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
@@ -181,7 +187,7 @@ def test_faults_at_every_transition(tiny_folder, tokenizer):
             time.sleep(random.Random(number).uniform(0, 2))
             if number % 10 == 9:
                 print(
-                    f"  {number + 1} faults, {server._lifecycle.steps.restarts.count} restarts, "
+                    f"  {number + 1} faults, {restarted(server):.0f} restarts, "
                     f"{sum(c.answered for c in clients)} answers, "
                     f"{time.monotonic() - started:.0f} s",
                     flush=True,
@@ -200,7 +206,7 @@ def test_faults_at_every_transition(tiny_folder, tokenizer):
         failed = sum((c.failed for c in clients), collections.Counter())
         print(
             f"\n{sum(faults.done.values())} faults ({dict(faults.done)}), "
-            f"{server._lifecycle.steps.restarts.count} restarts; "
+            f"{restarted(server):.0f} restarts; "
             f"{sum(c.conversations for c in clients)} conversations, "
             f"{sum(c.answered for c in clients)} answers, {dict(failed)} failed; "
             f"policy version {server.policy_version}"

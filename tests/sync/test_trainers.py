@@ -1,10 +1,11 @@
 """Every kind of trainer on one rank: after real optimizer steps the engine has the policy."""
 
+import inside
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from support import MIB, greedy, trainer_logprobs
+from support import MIB, greedy, tiny_sizes, trainer_logprobs
 from torch.distributed.fsdp import fully_shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -203,7 +204,7 @@ def test_what_cannot_be_shared_or_copied(tiny, tokenizer, monkeypatch):
         async def failing(*_):
             raise WeightSyncError("in the middle")
 
-        monkeypatch.setattr(server._engine, "reload_weights", failing)
+        monkeypatch.setattr(inside.engine(server), "reload_weights", failing)
         with pytest.raises(WeightSyncError, match="in the middle"):
             server.sync_weights()
         assert server.state == "broken"
@@ -216,12 +217,9 @@ def test_what_cannot_be_shared_or_copied(tiny, tokenizer, monkeypatch):
 def test_a_model_with_other_tensors_than_the_engines(tokenizer):
     """Refused with the list, before anything is written."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
+        **tiny_sizes(
+            len(tokenizer), num_hidden_layers=1, num_key_value_heads=4, max_position_embeddings=64
+        )
     )
     model = LlamaForCausalLM(config)
     model.value_head = torch.nn.Linear(128, 1)

@@ -14,6 +14,7 @@ import time
 import httpx
 import torch
 from datasets import Dataset
+from support import every_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -95,12 +96,7 @@ def rollouts(agent):
 
 def all_is_well():
     """Each kind of call, one after the other; what isn't as it was, as text."""
-    server.wake()
-    server.generate("And now", {"max_tokens": 2})
-    server.sync_weights()
-    server.sleep()
-    server.wake()
-    server.verify_weights()
+    every_call(server)
     headers = {"authorization": f"Bearer {server.api_key}"}
     asked = {"model": "policy", "prompt": "And now", "max_tokens": 2}
     answer = httpx.post(f"{server.base_url}/completions", json=asked, headers=headers, timeout=20)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import MIB, greedy, large_step, trainer_logprobs
+from support import MIB, greedy, large_step, tiny_sizes, trainer_logprobs
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from rollout_server import attach
@@ -16,14 +16,9 @@ PROMPT = list(range(100, 116))
 
 
 def dimensions(vocabulary):
-    return dict(
-        vocab_size=vocabulary,
-        hidden_size=128,
+    return tiny_sizes(
+        vocabulary,
         intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
         num_experts_per_tok=2,
         initializer_range=0.1,
         eos_token_id=None,

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 
+import inside
 import pytest
 from openai import BadRequestError
 from small_app import CHAT, KEY, House
@@ -186,7 +187,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m | tojson }}<|im_end|>{% endf
 @pytest.fixture
 def shown(server, monkeypatch):
     """(the server, a function): the messages of the prompt that a client's messages become."""
-    tokenizer = server._engine.client.renderer.get_tokenizer()
+    tokenizer = inside.chat_tokenizer(server)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
 
     def shown(client, messages):
