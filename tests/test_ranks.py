@@ -67,7 +67,7 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
     """For each kind three optimizer steps on each rank's own data; `verify_weights` after each.
     Then engines die in syncs."""
     bucket = 8 * MIB
-    process = start("train.py", ",".join(KINDS), tiny_folder, bucket, told=tmp_path)
+    process = start("train.py", ",".join(KINDS), tiny_folder, bucket, "", told=tmp_path)
     _, errors = process.communicate(timeout=380)
     assert process.returncode == 0, errors[-4000:]
     first, second = told(tmp_path)
@@ -95,6 +95,25 @@ def test_each_rank_has_the_policy_after_each_step(tiny_folder, tmp_path):
         [False, True],
         [True, False],
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("peft", ["merge", "adapter"])
+def test_adapters_that_are_sharded(tiny_folder, tmp_path, peft):
+    """As above, of LoRA models with a module trained as it is; `verify_weights` after each step."""
+    kinds = ("fsdp2-lora", "zero3-lora")
+    process = start("train.py", ",".join(kinds), tiny_folder, MIB, peft, told=tmp_path)
+    _, errors = process.communicate(timeout=380)
+    assert process.returncode == 0, errors[-4000:]
+    first, second = told(tmp_path)
+    for kind in kinds:
+        mine, other = first["kinds"][kind], second["kinds"][kind]
+        print(kind, mine)
+        assert mine["answers"] == other["answers"]
+        assert mine["answers"][0] != mine["answers"][-1], "the steps changed nothing"
+        for line in (mine, other):
+            assert line["greedy"] and line["gap"] < 1e-3
 
 
 @pytest.mark.slow

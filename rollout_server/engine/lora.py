@@ -11,7 +11,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def adapter_arguments(adapter: Any) -> dict[str, Any]:
     """Fields for `AsyncEngineArgs` that make room for an `Adapter` of the trainer's."""
-    rank = max(adapter.tensors[b].shape[1] for b in adapter.scaling)
+    rank = adapter.rank
     if rank > RANKS[-1]:
         raise NotAvailableError(
             f"the adapter has rank {rank}, vLLM's LoRA layers take {RANKS[-1]}; use peft='merge'"

@@ -5,7 +5,7 @@ In the thread that syncs; while the engine copies one part, the next is gathered
 
 import contextlib
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
@@ -23,10 +23,10 @@ from rollout_server.errors import (
 from rollout_server.lifecycle.steps import shielded
 from rollout_server.lifecycle.sync_transition import SyncTransition
 from rollout_server.weights.shared import SharedWeights
-from rollout_server.weights.sources.base import Adapter, Source
+from rollout_server.weights.sources.base import Source
 from rollout_server.weights.staging import EngineTensorInfo, Staging
 from rollout_server.weights.transport import Exporter
-from rollout_server.weights.wire import Compared, EngineDescription, Parts, Written, united
+from rollout_server.weights.wire import Compared, EngineDescription, Part, Parts, Written, united
 
 T = TypeVar("T")
 
@@ -80,13 +80,15 @@ class Sender:
     def send(self, source: Source, sync: SyncTransition) -> Written:
         """Write the policy's tensors into the engine, which `sync` has brought to rest; what was
         copied."""
+        # First, for other ranks gather it too, and one of them may fail on the way.
+        adapter = None if source.adapter is None else source.adapter.part()
         if self._shared is not None:
             done = _sum(Written(*self._shared.refresh(source.tensors)), self._rest(source, sync))
             self._shared.finish()
         else:
             done = self._write(self._due_parts(source, sync), source, sync)
-        if source.adapter is not None:
-            done = _sum(done, self._write_adapter(source.adapter, sync))
+        if source.adapter is not None and adapter is not None:
+            done = _sum(done, self._write_adapter(adapter, source.adapter.scaling, sync))
         self._frozen = source.frozen_state
         return done
 
@@ -102,14 +104,16 @@ class Sender:
             return source.parts(self._staging)
         return source.trained_parts(self._staging)
 
-    def _write_adapter(self, adapter: Adapter, sync: SyncTransition) -> Written:
+    def _write_adapter(
+        self, adapter: Part, scaling: Mapping[str, float], sync: SyncTransition
+    ) -> Written:
         """The adapter's tensors; vLLM's buffers are made anew at first and after each sleep."""
         fresh = sync.was_asleep or sync.fresh or not self._adapter_given
-        message = self._exporter.export(adapter.part())
+        message = self._exporter.export(adapter)
 
         async def write() -> Written:
             async with sync.writing():
-                return await self._engine.write_adapter(message, adapter.scaling, fresh)
+                return await self._engine.write_adapter(message, scaling, fresh)
 
         report = self._result(self._submit(shielded(write)))
         self._adapter_given = True
@@ -152,14 +156,15 @@ class Sender:
         """`WeightSyncError` names what differs, of what the engine holds as it was sent. at: the
         sync, or between two syncs the lifecycle."""
         differ: list[str] = []
+        adapter = None if source.adapter is None else source.adapter.part()
         parts = source.parts(self._staging)
         with contextlib.closing(_to_the_end(parts, source.collective)) as walk:
             for part in walk:
                 message = self._exporter.export(part)
                 found = self._result(self._submit(self._compare_part(message, at)))
                 differ += found.mismatched
-        if source.adapter is not None:
-            message = self._exporter.export(source.adapter.part())
+        if adapter is not None:
+            message = self._exporter.export(adapter)
             differ += self._result(self._submit(self._compare_adapter(message, at))).mismatched
         if differ:
             raise WeightSyncError(

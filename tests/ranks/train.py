@@ -1,4 +1,7 @@
-"""One rank of a training loop of our own: torchrun ... train.py KINDS FOLDER BYTES-OF-A-BUCKET."""
+"""One rank of a training loop of our own: torchrun ... train.py KINDS FOLDER BUCKET-BYTES PEFT.
+
+PEFT is "merge" or "adapter", or empty for an engine of the base.
+"""
 
 import hashlib
 import os
@@ -55,7 +58,23 @@ class Zero3:
         self.model.step()
 
 
+def with_adapter(model):
+    """LoRA on attention and the MLP, and the norms of the last layer trained as they are."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=8,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        modules_to_save=["model.norm"],
+    )
+    return get_peft_model(model, config)
+
+
 def wrapped(kind, model):
+    kind, _, tuner = kind.partition("-")
+    if tuner == "lora":
+        model = with_adapter(model)
     if kind == "zero3":
         return Zero3(model)
     return Torch(_wrapped(kind, model))
@@ -67,7 +86,7 @@ def _wrapped(kind, model):
     if kind == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.model.layers:
+        for layer in base_of(model).layers:
             fully_shard(layer)
         return fully_shard(model)
     if kind == "fsdp1":
@@ -83,6 +102,11 @@ def _wrapped(kind, model):
             model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
         )
     raise ValueError(kind)
+
+
+def base_of(model):
+    """The stack of layers, inside an adapter's model too."""
+    return (model.get_base_model() if hasattr(model, "peft_config") else model).model
 
 
 class Peak:
@@ -184,7 +208,7 @@ def dies_at(server, step):
 
 
 def main():
-    kinds, folder, bucket = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3])
+    kinds, folder, bucket, peft = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank = dist.get_rank()
@@ -192,11 +216,17 @@ def main():
         return killed(folder, rank)
     # One engine for all kinds: a trainer, too, wraps its model after attach().
     current = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)]
+    if peft == "adapter":
+        current[0] = with_adapter(current[0])
     policy = Policy(
         model=lambda: current[0], tokenizer=AutoTokenizer.from_pretrained(folder), owner=current[0]
     )
     config = RolloutConfig(
-        kv_cache_memory_bytes=32 * MIB, progress=False, sync_bucket_bytes=bucket, sync_timeout=60
+        kv_cache_memory_bytes=32 * MIB,
+        progress=False,
+        sync_bucket_bytes=bucket,
+        sync_timeout=60,
+        peft=peft or "merge",
     )
     with serve(policy, config) as server:
         results = {kind: run(kind, server, current, folder) for kind in kinds}
@@ -209,7 +239,7 @@ def main():
                 "kinds": results,
                 "reached": [ask(server, url) for url in server.base_urls],
                 "key": hashlib.sha256(server.api_key.encode()).hexdigest(),
-                "mended": mended(server, current, folder, rank),
+                "mended": [] if peft else mended(server, current, folder, rank),
             },
         )
         dist.barrier()

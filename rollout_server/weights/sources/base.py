@@ -1,10 +1,12 @@
 """The policy's weights by the names under which vLLM expects them."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rollout_server.errors import UnsupportedModelError, WeightSyncError
 from rollout_server.weights.staging import Staging
@@ -24,10 +26,14 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(math.prod(full_shape(t)) * t.element_size() for t in self.tensors.values())
+
+    @property
+    def rank(self) -> int:
+        return max(full_shape(self.tensors[b])[1] for b in self.scaling)
 
     def part(self) -> Part:
-        """Apart from the base's parts, which are numbered from 0."""
+        """Apart from the base's parts, which are numbered from 0. Collective if it is sharded."""
         return Part(-1, True, whole_pieces(self.tensors))
 
 
@@ -49,7 +55,7 @@ class Source:
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = tensors
         self.specs = {
-            name: TensorSpec(tuple(t.shape), t.dtype, not isinstance(t, torch.nn.Parameter))
+            name: TensorSpec(full_shape(t), t.dtype, not isinstance(t, torch.nn.Parameter))
             for name, t in tensors.items()
         }
 
@@ -81,7 +87,7 @@ class Source:
         return self.parts(staging)
 
     def not_finite(self) -> list[str]:
-        """Names of the tensors that hold a NaN or an infinity."""
+        """Names of the tensors that hold a NaN or an infinity, in what this rank has of them."""
         return not_finite(self._tensors.items())
 
 
@@ -108,9 +114,10 @@ def require_same(
 
 
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; reads each once, allocates nothing."""
+    """Names of the tensors that hold a NaN or an infinity; reads each once, allocates nothing. Of
+    those that are sharded, this rank's shards."""
     names, extremes = [], []
-    for name, tensor in tensors:
+    for name, tensor in ((name, local(tensor)) for name, tensor in tensors):
         if tensor.is_floating_point() and tensor.numel():
             names.append(name)
             extremes += [bound.float() for bound in torch.aminmax(tensor.detach())]
@@ -118,6 +125,23 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         return []
     finite = torch.stack(extremes).isfinite().view(-1, 2).all(1).tolist()  # one synchronisation
     return [name for name, good in zip(names, finite, strict=True) if not good]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor: its shard under FSDP2 or ZeRO-3, else all of it."""
+    held: torch.Tensor
+    if isinstance(tensor.data, DTensor):
+        held = cast(DTensor, tensor).to_local()
+    elif hasattr(tensor, "ds_tensor"):
+        held = tensor.ds_tensor.data
+    else:
+        held = tensor
+    return held
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a tensor that may be sharded, of which ZeRO-3 leaves an empty one."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def bare_model(model: Any) -> torch.nn.Module:

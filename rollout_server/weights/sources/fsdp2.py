@@ -4,7 +4,7 @@ The local shards of many parameters travel in one all-gather, straight into memo
 reads. Every rank gets all of it, for its own engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from rollout_server.weights.sources.base import Source, not_finite, policy_tensors
+from rollout_server.weights.sources.base import Source, local
 from rollout_server.weights.staging import Bucket, Staging, buckets, streamed
 from rollout_server.weights.wire import Part, Parts, Piece
 
@@ -21,16 +21,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class FSDP2Source(Source):
-    """Parameters that are DTensors; those that aren't cut by rows are gathered one by one."""
+    """Parameters that are DTensors (see `reshard`); those that aren't cut by rows are gathered one
+    by one."""
 
     collective = True
     staged_from = 0
 
-    def __init__(self, model: torch.nn.Module):
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass may have left full parameters; local
-        super().__init__(policy_tensors(model))
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        super().__init__(tensors)
         cut: dict[str, Any] = {n: t for n, t in self.tensors.items() if _row_dim(t) is not None}
         mesh = {(t.device_mesh, _row_dim(t)) for t in cut.values()}
         # A second mesh (experts, for one) goes one by one.
@@ -51,16 +49,19 @@ class FSDP2Source(Source):
             yield Part(number, last, self._gather(number, bucket, staging))
         if self._others:
             specs = {name: self.specs[name] for name in self._others}
-            yield from streamed(specs, self._one_by_one(), staging, self._device, len(planned))
-
-    def not_finite(self) -> list[str]:
-        return not_finite((name, _local(t)) for name, t in self.tensors.items())
+            others = ((name, full(tensor)) for name, tensor in self._others.items())
+            yield from streamed(specs, others, staging, self.device, len(planned))
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         if self._mesh is None:
-            return _local(next(iter(self.tensors.values()))).device
+            return local(next(iter(self.tensors.values()))).device
         return _device_of(self._mesh)
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor). Collective."""
+        for name, tensor in self.tensors.items():
+            yield name, full(tensor)
 
     def _planned(self, staging: Staging) -> list[Bucket]:
         """Buckets of one rank's rows; the same on all ranks, so by the largest shard of each."""
@@ -82,11 +83,11 @@ class FSDP2Source(Source):
 
     def _gather(self, number: int, bucket: Bucket, staging: Staging) -> list[Piece]:
         group, world = self._mesh.get_group(self._dim), self._mesh.size(self._dim)
-        mine = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        mine = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self.device)
         for slot in bucket.slots:
             shard = self._rows[slot.name].to_local()[slot.first : slot.first + slot.rows]
             slot.of(mine, shard.shape[0]).copy_(shard)  # casts; crosses devices (CPU offload)
-        memory = staging.memory(number, world * bucket.nbytes, self._device)
+        memory = staging.memory(number, world * bucket.nbytes, self.device)
         _all_gather(memory, mine, group=group)
         pieces = []
         for rank, received in enumerate(memory.view(world, bucket.nbytes)):
@@ -99,9 +100,18 @@ class FSDP2Source(Source):
                     pieces.append(Piece(slot.name, start, slot.of(received, rows)))
         return pieces
 
-    def _one_by_one(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._others.items():
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give up full parameters that a forward pass may have left. Local."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor. Collective where it is sharded."""
+    whole: torch.Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return whole
 
 
 def _row_dim(tensor: Any) -> int | None:
@@ -113,11 +123,6 @@ def _row_dim(tensor: Any) -> int | None:
     if len(cut) == 1 and type(tensor.placements[cut[0]]) is Shard:
         return cut[0] if tensor.placements[cut[0]].dim == 0 else None
     return None
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor.data, DTensor) else tensor
-    return local
 
 
 def _device_of(mesh: Any) -> torch.device:

@@ -6,6 +6,7 @@ bit by bit: subtracting what was added would leave rounding errors, more at each
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rollout_server.errors import NotAvailableError, UnsupportedModelError
 from rollout_server.weights.sources.base import (
     Adapter,
     Source,
+    full_shape,
     not_finite,
     own_tensors,
     plain_name,
@@ -58,10 +60,14 @@ class Merged(Source):
         yield Part(0, not names, whole_pieces(self._live))
         if not names:  # the adapter is disabled, or merged by its owner
             return
-        device = self.tensors[names[0]].device
+        yield from self._merged_parts(names, staging, self.tensors[names[0]].device, before=1)
+
+    def _merged_parts(
+        self, names: list[str], staging: Staging, device: torch.device, before: int
+    ) -> Parts:
         with contextlib.closing(self._merged()) as merged:
             specs = {name: self.specs[name] for name in names}
-            yield from streamed(specs, merged, staging, device, before=1)
+            yield from streamed(specs, merged, staging, device, before)
 
     def not_finite(self) -> list[str]:
         return not_finite((plain_name(n), p) for n, p in self._model.named_parameters())
@@ -74,9 +80,13 @@ class Merged(Source):
 
     def _merged(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         for path, layer in self._layers.items():
-            with _while_merged(layer) as weights:
+            with self._whole(layer), _while_merged(layer) as weights:
                 for name, tensor in weights.items():
                     yield f"{path}.{name}", tensor
+
+    def _whole(self, layer: BaseTunerLayer) -> AbstractContextManager[None]:
+        """Around what needs a layer's parameters in full."""
+        return contextlib.nullcontext()
 
 
 class WithAdapter(Source):
@@ -197,7 +207,7 @@ def _not_plain(layer: BaseTunerLayer, adapter: str) -> str | None:
         return "a merged adapter"
     if type(layer).__name__ == "ParamWrapper":  # LoraConfig.target_parameters
         return "an adapter of a parameter"
-    if adapter in layer.lora_A and layer.lora_A[adapter].weight.ndim != 2:
+    if adapter in layer.lora_A and len(full_shape(layer.lora_A[adapter].weight)) != 2:
         return "an adapter of a convolution"
     return None
 

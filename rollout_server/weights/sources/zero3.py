@@ -1,12 +1,14 @@
 """A policy partitioned by DeepSpeed ZeRO-3: gathered tensor by tensor, some at a time."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from rollout_server.weights.sources.base import Source, not_finite
+from rollout_server.weights.sources.base import Source, full_shape, local
 from rollout_server.weights.staging import Staging, streamed
-from rollout_server.weights.wire import Parts, TensorSpec
+from rollout_server.weights.wire import Parts
 
 _TOGETHER = 64 << 20  # bytes that are gathered at once
 
@@ -17,30 +19,18 @@ class ZeRO3Source(Source):
     collective = True
     staged_from = 0
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = tensors
-        self.specs = {
-            name: TensorSpec(
-                tuple(getattr(t, "ds_shape", t.shape)),
-                t.dtype,
-                not isinstance(t, torch.nn.Parameter),
-            )
-            for name, t in self._tensors.items()
-        }
-
     @torch.no_grad()
     def parts(self, staging: Staging) -> Parts:
-        device = _shard(next(iter(self._tensors.values()))).device
-        yield from streamed(self.specs, self._gathered(), staging, device)
+        yield from streamed(self.specs, self.gathered(), staging, self.device)
 
-    def not_finite(self) -> list[str]:
-        return not_finite((name, _shard(t)) for name, t in self._tensors.items())
+    @property
+    def device(self) -> torch.device:
+        return local(next(iter(self._tensors.values()))).device
 
-    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        import deepspeed
-
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor); it holds until the next is asked for. Collective."""
         for group in self._groups():
-            with deepspeed.zero.GatheredParameters([t for _, t in group if hasattr(t, "ds_id")]):
+            with whole(dict(group).values()):
                 for name, tensor in group:
                     yield name, tensor.data
 
@@ -48,7 +38,7 @@ class ZeRO3Source(Source):
         group: list[tuple[str, torch.Tensor]] = []
         size = 0
         for name, tensor in self._tensors.items():
-            nbytes = getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+            nbytes = math.prod(full_shape(tensor)) * tensor.element_size()
             if group and size + nbytes > _TOGETHER:
                 yield group
                 group, size = [], 0
@@ -58,5 +48,10 @@ class ZeRO3Source(Source):
             yield group
 
 
-def _shard(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.ds_tensor.data if hasattr(tensor, "ds_tensor") else tensor
+@contextlib.contextmanager
+def whole(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Those of the tensors that are partitioned are there in full in the block. Collective."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([t for t in tensors if hasattr(t, "ds_id")]):
+        yield
