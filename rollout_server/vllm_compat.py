@@ -98,6 +98,27 @@ async def pause(client: Any) -> None:
     await paused(mode="keep", clear_cache=True)
 
 
+REFIT = "rollout_refit"  # what the engine core calls the method of worker/refit.py
+
+
+def core_that_refits() -> Any:
+    """The engine core's class, if it has what a sync in one message needs, versions of tokens
+    included (0.32): else a token could be counted to the version before."""
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.core import EngineCore
+
+    needed = "pause_scheduler", "resume_scheduler", "set_weight_version", "collective_rpc"
+    told = "weight_versions" in CompletionOutput.__dataclass_fields__
+    return EngineCore if told and all(hasattr(EngineCore, name) for name in needed) else None
+
+
+async def refit(client: Any, message: Any, version: int) -> list[bytes]:
+    """Have the engine core rest, write weights, and go on with the new version; the reports."""
+    await client.renderer.clear_mm_cache_async()
+    reports: list[bytes] = await client.engine_core.call_utility_async(REFIT, message, str(version))
+    return reports
+
+
 def lora_name_mapper(model: Any) -> Any:
     """How a model's modules are renamed from a checkpoint's names to vLLM's; None: not at all."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)

@@ -255,6 +255,10 @@ class Engine:
     async def write_weights(self, message: Message) -> Written:
         return await self._write("rollout_write", message)
 
+    async def refit(self, message: Message | None, version: int) -> Written:
+        reports = await self._alive(compat.refit(self.client, message, version))
+        return next(iter(_read(reports, Written)), Written(0, 0))
+
     async def reload_weights(
         self, message: Message, first: bool, last: bool, layerwise: bool
     ) -> Written:
@@ -291,13 +295,7 @@ class Engine:
 
     async def _reports(self, kind: type[T], method: str, *args: Any) -> list[T]:
         """Each worker's; `WeightSyncError` if any failed."""
-        reports = []
-        for packed in await self._on_workers(method, *args):
-            report = unpack_report(packed, kind)
-            if isinstance(report, Failed):
-                raise WeightSyncError(f"the engine couldn't take the weights:\n{report.error}")
-            reports.append(report)
-        return reports
+        return _read(await self._on_workers(method, *args), kind)
 
     async def set_weight_version(self, version: int) -> None:
         await self._alive(compat.set_weight_version(self.client, version))
@@ -328,3 +326,14 @@ class Engine:
         kill(tree)
         if self._spawner is not None:
             self._spawner.stop()
+
+
+def _read(packed: list[bytes], kind: type[T]) -> list[T]:
+    """The workers' reports; `WeightSyncError` if any failed."""
+    reports = []
+    for one in packed:
+        report = unpack_report(one, kind)
+        if isinstance(report, Failed):
+            raise WeightSyncError(f"the engine couldn't take the weights:\n{report.error}")
+        reports.append(report)
+    return reports

@@ -145,6 +145,9 @@ class GroupEngine:
             "writing weights", lambda engine: engine.write_weights(messages), Written
         )
 
+    async def refit(self, message: bytes | None, version: int) -> Written:
+        raise NotAvailableError("an engine of several ranks is synced step by step")
+
     async def reload_weights(
         self, message: bytes, first: bool, last: bool, layerwise: bool
     ) -> Written:

@@ -100,6 +100,11 @@ class EngineProtocol(Protocol):
         message: of `transport.Exporter`, as in the calls below.
         """
 
+    async def refit(self, message: bytes | None, version: int) -> Written:
+        """`pause`, `write_weights`, `set_weight_version` and `resume` in one message, where the
+        description says so; message: None if there is nothing to write. If it fails in the
+        engine, that stays paused, at its old version."""
+
     async def reload_weights(
         self, message: bytes, first: bool, last: bool, layerwise: bool
     ) -> Written:

@@ -99,15 +99,19 @@ class Steps:
         left, self._unfinished = self._unfinished, None
         return left
 
-    async def quiesce(self) -> None:
-        """Close the gate and bring the engine to rest. A drain that takes too long is undone."""
+    async def quiesce(self, pause: bool = True) -> None:
+        """Close the gate and bring the engine to rest. A drain that takes too long is undone.
+
+        pause: else what needn't finish runs on, until the engine is told otherwise.
+        """
         self.box.move(State.CLOSING_GATE)
         self.gate.close()
         what = "bringing running requests to rest"
         with self.breaking(what):
             await self._let_finish()
-            async with self.deadline(self.config.sleep_timeout, what):
-                await self.engine.pause()
+            if pause:
+                async with self.deadline(self.config.sleep_timeout, what):
+                    await self.engine.pause()
 
     async def fall_asleep(self) -> None:
         """From rest."""

@@ -16,10 +16,12 @@ from rollout_server.errors import (
 )
 from rollout_server.lifecycle.state import State
 from rollout_server.lifecycle.steps import Steps, Unfinished, shielded
+from rollout_server.weights.wire import Written
 
 
 class SyncTransition:
-    """One sync, step by step: `begin`, then `writing` for each part, then `commit` or `abort`.
+    """One sync, step by step: `begin`, then `writing` for each part, then `commit` or `abort`; or
+    all at once: `refit`.
 
     Made by `Lifecycle.sync`, in any thread. From `begin` on it must be ended by `commit` or
     `abort`, whatever comes of `begin` and whether its caller waits for it: it holds the turn.
@@ -42,17 +44,45 @@ class SyncTransition:
         self.begun = False
         self.ended = False
         self._beginning: asyncio.Future[None] | None = None
+        self._runs_on = False  # the engine, though it is to be written to
         self._written = False
         self._running = asyncio.Lock()
         self.seconds_awaking = 0.0
 
     async def begin(self) -> None:
         """Bring the engine to where its weights can be written."""
+        await self._started(pause=True)
+
+    async def refit(self, message: bytes | None) -> tuple[int, Written] | None:
+        """`begin`, the writing of the only part, and `commit`: (version, what was copied).
+
+        None where the engine wasn't awake: it has begun then, and goes on step by step. message:
+        None if there is nothing to write.
+        """
+        await self._started(pause=False)
+        return await shielded(self._refit, message) if self._runs_on else None
+
+    async def _started(self, pause: bool) -> None:
         self.begun = True
-        self._beginning = asyncio.ensure_future(self._begin())
+        self._beginning = asyncio.ensure_future(self._begin(pause))
         await asyncio.shield(self._beginning)
 
-    async def _begin(self) -> None:
+    async def _refit(self, message: bytes | None) -> tuple[int, Written]:
+        steps = self._steps
+        async with self.writing():
+            steps.journal.interrupted(self._engine.running, "sync")
+            version = steps.version + 1
+            written = await self._engine.refit(message, version)
+        try:
+            steps.set_version(version)
+            steps.gate.renew()
+            steps.box.move(State.AWAKE)
+            steps.gate.open()
+        finally:
+            self._end()
+        return version, written
+
+    async def _begin(self, pause: bool) -> None:
         steps = self._steps
         await steps.transition_lock.acquire()
         try:
@@ -65,7 +95,8 @@ class SyncTransition:
             self.was_asleep = steps.box.state is State.ASLEEP
             if steps.box.state is State.AWAKE:
                 with steps.unless_down():
-                    await steps.quiesce()
+                    await steps.quiesce(pause)
+                    self._runs_on = not pause
             if self.was_asleep or steps.down:
                 steps.box.move(State.WAKING)
             with steps.breaking("waking the weights"):

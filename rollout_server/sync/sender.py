@@ -26,7 +26,14 @@ from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.sources.base import Source
 from rollout_server.weights.staging import EngineTensorInfo, Staging
 from rollout_server.weights.transport import Exporter
-from rollout_server.weights.wire import Compared, EngineDescription, Part, Parts, Written, united
+from rollout_server.weights.wire import (
+    Compared,
+    EngineDescription,
+    Part,
+    Parts,
+    Written,
+    united,
+)
 
 T = TypeVar("T")
 
@@ -91,6 +98,23 @@ class Sender:
             done = _sum(done, self._write_adapter(adapter, source.adapter.scaling, sync))
         self._frozen = source.frozen_state
         return done
+
+    def send_at_once(self, source: Source, sync: SyncTransition) -> tuple[int, Written] | None:
+        """(version, what was copied) of a sync in one message, with which it is done; None where it
+        must go, or go on, step by step: with several parts, or an engine that isn't awake."""
+        message: bytes | None = None
+        if not self._engine.description.refits or source.adapter is not None:
+            return None
+        if self._shared is not None:
+            if not self._shared.holds_all or self._shared.left(source.tensors):
+                return None
+            self._shared.finish()
+        elif self.path == "plan" and source.staged_from is None:
+            (part,) = source.parts(self._staging)
+            message = self._exporter.export(part)
+        else:
+            return None
+        return self._result(self._submit(sync.refit(message)))
 
     def _rest(self, source: Source, sync: SyncTransition) -> Written:
         """Of a policy whose memory is the engine's: what isn't."""

@@ -113,6 +113,15 @@ class SharedWeights:
         self.copied, self._layout = layout.copied, layout
         return handles
 
+    def left(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of what has left the common memory."""
+        return [
+            name
+            for name, view in self._views.items()
+            if (tensor := tensors[name]).data_ptr() != view.data_ptr()
+            or tensor.stride() != view.stride()
+        ]
+
     @torch.no_grad()
     def refresh(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
         """Bring back what has left the common memory, as when `data` is replaced.
@@ -120,10 +129,8 @@ class SharedWeights:
         Returns (bytes, tensors) copied.
         """
         copied = number = 0
-        for name, view in self._views.items():
-            tensor = tensors[name]
-            if tensor.data_ptr() == view.data_ptr() and tensor.stride() == view.stride():
-                continue
+        for name in self.left(tensors):
+            tensor, view = tensors[name], self._views[name]
             view.copy_(tensor)
             copied, number = copied + view.numel() * view.element_size(), number + 1
             if tensor.device == view.device:
@@ -134,6 +141,11 @@ class SharedWeights:
         """Wait for what the trainer's device still writes."""
         for device in {view.device for view in self._views.values() if view.is_cuda}:
             torch.cuda.synchronize(device)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is nothing but what is in the common memory."""
+        return not self.copied
 
     def rest(self, source: Source) -> Source:
         """What of `source` isn't in the common memory."""

@@ -101,6 +101,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
         repacked: those of the reasons that are layers which vLLM has rearranged.
         splittable: names of the trainer's tensors that may come in pieces.
         dtypes: name of a tensor to torch's name of the dtype that the worker holds it in.
+        refits: a sync can be one message (see worker/refit.py).
     """
 
     device: str
@@ -112,6 +113,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     repacked: list[str] = []
     splittable: list[str] = []
     dtypes: dict[str, str] = {}
+    refits: bool = False
 
 
 class EngineDescription(msgspec.Struct, frozen=True):
@@ -144,6 +146,11 @@ class EngineDescription(msgspec.Struct, frozen=True):
     def splittable(self) -> set[str]:
         """Names of the tensors that every worker can take in pieces."""
         return set.intersection(*(set(w.splittable) for w in self.workers))
+
+    @property
+    def refits(self) -> bool:
+        """Whether a sync can be one message."""
+        return len(self.workers) == 1 and self.workers[0].refits
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -27,6 +27,7 @@ from rollout_server.weights.wire import (
 from rollout_server.worker.copier import Copier
 from rollout_server.worker.lora import AdapterSlot
 from rollout_server.worker.plan import Plan
+from rollout_server.worker.refit import install as take_refits
 
 if TYPE_CHECKING:
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
         rank: int
         model_runner: Any
+        vllm_config: Any
 
         def get_model(self) -> Any: ...
 
@@ -91,6 +93,7 @@ class WeightReceiver(_Worker):
             repacked=[] if plan is None else plan.repacked,
             splittable=sorted(plan.splittable()) if plan is not None and plan.usable else [],
             dtypes=plan.dtypes() if plan is not None and plan.usable else {},
+            refits=self._rollout_beside_core() and take_refits(),
         )
         return pack(description)
 
@@ -152,6 +155,12 @@ class WeightReceiver(_Worker):
         reload.part(self, opened.pieces, first, last, layerwise)
         _finish_device_work()
         return _written(opened)
+
+    def _rollout_beside_core(self) -> bool:
+        """Whether this worker is in the engine core's process, and the only one."""
+        parallel = self.vllm_config.parallel_config
+        backend: str = parallel.distributed_executor_backend
+        return backend == "uni" and parallel.world_size == 1
 
     def _rollout_open(self, message: Message) -> Opened:
         if isinstance(message, dict):
