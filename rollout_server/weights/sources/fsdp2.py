@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from rollout_server.weights.sources.base import Source, local
+from rollout_server.weights.sources.base import Source, local, modules_of
 from rollout_server.weights.staging import Bucket, Staging, buckets, streamed
 from rollout_server.weights.wire import Part, Parts, Piece
 
@@ -103,7 +103,7 @@ class FSDP2Source(Source):
 
 def reshard(model: torch.nn.Module) -> None:
     """Give up full parameters that a forward pass may have left. Local."""
-    for module in model.modules():
+    for _, module in modules_of(model):
         if isinstance(module, FSDPModule):
             module.reshard()
 

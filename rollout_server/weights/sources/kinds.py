@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from rollout_server.errors import NotAvailableError
 from rollout_server.weights.sources import fsdp2, zero3
-from rollout_server.weights.sources.base import Source, bare_model, policy_tensors
+from rollout_server.weights.sources.base import Source, bare_model, parameters_of, policy_tensors
 
 
 def source_of(model: Any, peft: str = "merge") -> Source:
@@ -27,7 +27,7 @@ def source_of(model: Any, peft: str = "merge") -> Source:
 
         return FSDP1Source(model)
     fsdp2.reshard(model)
-    kind = _kind(model.parameters())
+    kind = _kind(parameters_of(model))
     if has_adapter:
         return _of_peft(model, peft, kind)
     return (kind or Source)(policy_tensors(model))

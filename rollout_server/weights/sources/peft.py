@@ -207,7 +207,8 @@ def _not_plain(layer: BaseTunerLayer, adapter: str) -> str | None:
         return "a merged adapter"
     if type(layer).__name__ == "ParamWrapper":  # LoraConfig.target_parameters
         return "an adapter of a parameter"
-    if adapter in layer.lora_A and len(full_shape(layer.lora_A[adapter].weight)) != 2:
+    weight: Any = layer.lora_A[adapter].weight if adapter in layer.lora_A else None
+    if weight is not None and len(full_shape(weight)) != 2:
         return "an adapter of a convolution"
     return None
 
