@@ -70,8 +70,12 @@ class Doomed:
             assert time.monotonic() < until, self.output.read_text()
             time.sleep(0.05)
 
-    def kill(self, how=signal.SIGKILL):
-        """What is left five seconds later, as text; empty if nothing is. And how long it took."""
+    def kill(self, how=signal.SIGKILL, all_of_it=False):
+        """What is left five seconds later, as text; empty if nothing is. And how long it took.
+
+        all_of_it: the launcher's children are sent the signal too, as a terminal and a cluster's
+        scheduler send it: accelerate leaves its child running when it is ended alone.
+        """
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
                 self._shared |= {m.path for m in process.memory_maps() if "/dev/shm/" in m.path}
@@ -79,7 +83,9 @@ class Doomed:
         if how is CLOSED:
             os.close(self.window)
         else:
-            self.process.send_signal(how)
+            children = psutil.Process(self.process.pid).children() if all_of_it else []
+            for process in [self.process, *children]:
+                process.send_signal(how)
         self.process.wait(30)
         while (left := self.left()) and time.monotonic() - started < 5:
             time.sleep(0.05)

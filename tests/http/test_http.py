@@ -285,14 +285,14 @@ def test_clients_wait_for_the_end_of_a_sync(server, monkeypatch):
     """Requests that come while weights are written are held at the gate, not in the engine."""
     writing, go = threading.Event(), threading.Event()
     engine = inside.engine(server)
-    write = engine.write_weights
+    refit = engine.refit
 
-    async def held_up(message):
+    async def held_up(*args):
         writing.set()
         await asyncio.to_thread(go.wait, 60)
-        return await write(message)
+        return await refit(*args)
 
-    monkeypatch.setattr(engine, "write_weights", held_up)
+    monkeypatch.setattr(engine, "refit", held_up)
     version, asked = server.policy_version, {"model": "policy", "prompt": [5], "max_tokens": 2}
     with ThreadPoolExecutor(5) as pool:
         sync = pool.submit(server.sync_weights)

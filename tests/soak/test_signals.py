@@ -30,6 +30,6 @@ def test_nothing_is_left(launcher, how, tiny_folder, tmp_path):
     trainer = Doomed(tiny_folder, folder, launcher=launcher, terminal=how is CLOSED)
     trainer.wait_for("cycle 2")
     assert trainer.left(), "it has nothing that could be left"
-    left, seconds = trainer.kill(how)
+    left, seconds = trainer.kill(how, all_of_it=launcher is ACCELERATE)
     print(f"{' '.join(launcher[1:2])} {how}: nothing left after {seconds:.2f} s")
     assert not left, left
