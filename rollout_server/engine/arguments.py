@@ -28,6 +28,7 @@ _TOOL_FORMS = (
 
 def engine_arguments(
     config: RolloutConfig,
+    model: str,
     folder: str,
     names: list[str],
     dtype: str,
@@ -38,13 +39,14 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Fields for vLLM's `AsyncEngineArgs`.
 
-    folder: with the config and the tokenizer; names: model names to serve under;
+    model: the folder with the config and the tokenizer, whose path vLLM's compilation caches go by;
+    folder: of the server; names: model names to serve under;
     sampling: defaults for fields that a request leaves out; device: the GPU, as torch counts it in
     this process.
     """
     chosen: dict[str, Any] = {
-        "model": folder,
-        "tokenizer": folder,
+        "model": model,
+        "tokenizer": model,
         "served_model_name": names,
         # Weights come from the trainer before the first request: see worker/loader.py.
         "load_format": LOAD_FORMAT,
