@@ -1,7 +1,6 @@
 """vLLM's model over a trainer's memory, in this process: the loader alone, without an engine."""
 
 import contextlib
-import os
 import tempfile
 from types import SimpleNamespace
 
@@ -60,17 +59,16 @@ def shared_load(policy, tokenizer, dtype="float32"):
         yield SimpleNamespace(config=config, load=load, shared=shared, source=source)
 
 
-def resident():
-    """Bytes of parameters' memory of this process that isn't shared with another, by /proc."""
-    with open(f"/proc/{os.getpid()}/status", encoding="utf-8") as file:
+def private_memory():
+    """Bytes of this process's memory that no other shares."""
+    with open("/proc/self/status", encoding="utf-8") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
-def same_memory(model, policy):
-    """Names of vLLM's parameters that aren't in the memory of the policy's."""
-    theirs = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    del theirs  # other addresses: mapped a second time. What one writes the other reads.
+def apart(model, policy):
+    """Names of vLLM's parameters that aren't in the policy's memory: what is written there isn't
+    seen here. Addresses differ, since the memory is mapped twice."""
     wrong = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
