@@ -30,8 +30,10 @@ class Colocation:
     ) -> AbstractContextManager[None]:
         """While an engine starts; without `source` for one that takes another's place.
 
-        folder: of the server.
+        What the trainer's allocator holds for later is given back first: vLLM measures what is free
+        at its start, and takes what changes meanwhile for its own. folder: of the server.
         """
+        give_back()
         if self.shared is None:
             return contextlib.nullcontext()
         return self.shared.answering(folder, {} if source is None else source.tensors)

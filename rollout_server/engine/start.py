@@ -1,5 +1,6 @@
 """How a server's engine comes to be: one for this rank, or one for its group."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from rollout_server.config import RolloutConfig
 from rollout_server.engine.arguments import engine_arguments, engine_variables
 from rollout_server.engine.engine import Engine
 from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.gpu_memory import Need, overhead
 from rollout_server.engine.group import GroupEngine
 from rollout_server.engine.lora import adapter_arguments, use_adapter
 from rollout_server.engine.protocol import EngineProtocol
@@ -54,8 +56,12 @@ async def start_engine(
     write_specs(folder, source.specs)
     write_views(folder, views_of(policy.bare, source.specs))
     on_cpu = current_platform.is_cpu()
+    need = Need(
+        sum(math.prod(s.shape) * s.dtype.itemsize for s in source.specs.values()),
+        overhead(policy.bare.config, getattr(torch, dtype).itemsize, config.engine_args),
+    )
     arguments = engine_arguments(
-        config, model, folder, names, dtype, sampling, policy.seed, on_cpu, policy.gpu
+        config, model, folder, names, dtype, sampling, policy.seed, on_cpu, policy.gpu, need
     )
     if source.adapter is not None:
         arguments = adapter_arguments(source.adapter) | arguments

@@ -17,7 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rollout_server.errors import ConfigError
-from rollout_server.weights.exports import Exports
+from rollout_server.weights.exports import Exports, give_back
 from rollout_server.weights.sources.base import Source
 from rollout_server.weights.transport import Handle, handle, shared_empty
 from rollout_server.weights.wire import ADDRESS, Layout
@@ -108,9 +108,8 @@ class SharedWeights:
                 tensors[name].data = view
             self._slots.append(memory)
         if device.type == "cuda":
-            # The engine reads next, and sizes its KV cache by what is free.
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)  # the engine reads next
+            give_back()
         self.copied, self._layout = layout.copied, layout
         return self._handles()
 
