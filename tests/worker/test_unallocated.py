@@ -81,8 +81,8 @@ SCRIPT = textwrap.dedent("""
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM as Vllm
     made = Vllm.__init__
 
-    def reading(self, *args, **options):
-        made(self, *args, **options)
+    def reading(self, *, vllm_config, prefix=""):
+        made(self, vllm_config=vllm_config, prefix=prefix)
         self.largest = float(self.model.norm.weight.max())
 
     Vllm.__init__ = reading
