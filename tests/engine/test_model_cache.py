@@ -141,6 +141,23 @@ def test_processes_that_begin_and_end_at_once_are_in_no_ones_way(root):
         assert process.returncode == 0, error[-2000:]
 
 
+def test_a_folder_that_is_removed_as_it_is_locked_is_made_anew(root, monkeypatch):
+    first = held_folder(writing("a"))
+    first.release()
+    flock, calls = model_cache.fcntl.flock, []
+
+    def late(lock, how):
+        if not calls:
+            os.rename(first.path, root / ".removed-by-another")
+        calls.append(how)
+        flock(lock, how)
+
+    monkeypatch.setattr(model_cache.fcntl, "flock", late)
+    held = held_folder(writing("a"))
+    assert held.path == first.path and Path(held.path, "config.json").read_text() == "a"
+    assert len(calls) > 1
+
+
 def test_the_lock_of_a_process_that_was_killed_is_gone(root, monkeypatch):
     script = ALONE + textwrap.dedent("""
         held = model_cache.held_folder(lambda folder: Path(folder, "config.json").write_text("x"))
