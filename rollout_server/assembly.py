@@ -32,6 +32,7 @@ from rollout_server.observability.redact import remember
 from rollout_server.progress import Progress
 from rollout_server.ranks import Ranks
 from rollout_server.sync.weight_sync import WeightSync
+from rollout_server.weights.exports import Exports
 from rollout_server.weights.policy import Policy
 from rollout_server.weights.sources.base import Source
 
@@ -52,6 +53,7 @@ class Assembly:
         names = (config.served_model_name, policy.base_name)
         self._names = list(dict.fromkeys(name for name in names if name))
         self._pids: list[int] = []
+        self._exports = Exports()
         self._started: EngineProtocol | None = None
         self._base_url = ""
         self._endpoint = Endpoint(config, self._api_key, self._journal)
@@ -65,12 +67,13 @@ class Assembly:
     def _start(self, progress: Progress) -> None:
         policy, config, limit = self._policy, self._config, self._config.start_timeout
         source = policy.source(config.peft)  # first, since it is where a policy is refused
-        self._colocation = Colocation(policy, config, source)
+        self._colocation = Colocation(policy, config, source, self._exports)
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
         self._temporary = TemporaryFolder()
         self._folder = self._temporary.path
+        self._exports.note_in(self._folder)
         self._loop = LoopThread()
         atexit.register(self.close)
         try:
@@ -92,6 +95,7 @@ class Assembly:
                 self._sync = WeightSync(
                     policy, config, self._loop, self._engine, self._lifecycle, self._journal,
                     source.specs, self._colocation.shared, self._ranks, self._group,
+                    self._exports,
                 )  # fmt: skip
                 self._generation = Generation(
                     self._engine, self._loop, self._endpoint.gate, self._box, self._lifecycle,
@@ -122,8 +126,8 @@ class Assembly:
     async def _start_engine(self, source: Source, devices: list[str | None]) -> None:
         config = self._config
         self._started = await start_engine(
-            self._policy, config, source, self._folder, self._names, self._sampling, devices,
-            self._pids, self._group,
+            self._policy, config, source, self._temporary, self._names, self._sampling, devices,
+            self._pids, self._group, self._exports.engine_ended,
         )  # fmt: skip
         beside_start = functools.partial(self._colocation.beside_start, self._folder)
         steps = Steps(
@@ -195,6 +199,7 @@ class Assembly:
         kill_trees(self._pids)
         self._loop.stop(patience)
         kill_trees(self._pids)  # one that was started meanwhile
+        self._exports.engine_ended()
         self._endpoint.free()
         self._temporary.remove()
         self._journal.happened("closed")

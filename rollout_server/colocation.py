@@ -4,10 +4,9 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import torch
-
 from rollout_server.config import RolloutConfig
 from rollout_server.offload import OptimizerOffload
+from rollout_server.weights.exports import Exports, give_back
 from rollout_server.weights.policy import Policy
 from rollout_server.weights.shared import SharedWeights, require_shareable
 from rollout_server.weights.sources.base import Source
@@ -16,22 +15,25 @@ from rollout_server.weights.sources.base import Source
 class Colocation:
     """Of one server. shared: one memory for both, with colocate="share"; None otherwise."""
 
-    def __init__(self, policy: Policy, config: RolloutConfig, source: Source):
-        """source: the policy's tensors; `ConfigError` if they can't be shared and must be."""
+    def __init__(self, policy: Policy, config: RolloutConfig, source: Source, exports: Exports):
+        """source: the policy's tensors; `ConfigError` if they can't be shared and must be. exports:
+        takes what is shared."""
         self._optimizer = policy.optimizer if config.offload_optimizer else None
         self._offload: OptimizerOffload | None = None
         self.shared: SharedWeights | None = None
         if config.colocate == "share":
             require_shareable(source)
-            self.shared = SharedWeights()
+            self.shared = SharedWeights(exports)
 
     def beside_start(
         self, folder: str, source: Source | None = None
     ) -> AbstractContextManager[None]:
         """While an engine starts; without `source` for one that takes another's place.
 
-        folder: of the server.
+        What the trainer's allocator holds for later is given back first: vLLM measures what is free
+        at its start, and takes what changes meanwhile for its own. folder: of the server.
         """
+        give_back()
         if self.shared is None:
             return contextlib.nullcontext()
         return self.shared.answering(folder, {} if source is None else source.tensors)
@@ -51,8 +53,7 @@ class Colocation:
         """What the trainer doesn't need now is the engine's."""
         if self._offload is not None:
             self._offload.park()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
     def take_back(self) -> None:
         """The engine has given its memory back: the optimizer's state is where it is used."""

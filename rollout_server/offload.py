@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+_SMALLEST = 1 << 20  # bytes of a block of host memory
+
 
 def on_accelerator(tensor: torch.Tensor) -> bool:
     return bool(tensor.device.type != "cpu")
@@ -30,15 +32,15 @@ class OptimizerOffload:
         self._optimizer = optimizer
         self._bring_back = bring_back
         self._movable = movable
-        self._parked: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
-        self._host: dict[int, torch.Tensor] = {}  # pinned memory is dear to allocate: it is kept
+        self._parked: list[tuple[torch.UntypedStorage, list[torch.Tensor]]] = []
+        self._blocks: list[torch.Tensor] = []  # pinned memory is dear to allocate: it is kept
         self._watched: Any = None
         self._hooks = [register_optimizer_step_pre_hook(self._before)]
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of state in host memory; 0 while it is where the optimizer uses it."""
-        return sum(host.numel() for _, host in self._parked)
+        return sum(part.numel() for _, parts in self._parked for part in parts)
 
     @torch.no_grad()
     def park(self) -> None:
@@ -47,31 +49,31 @@ class OptimizerOffload:
         if optimizer is None or self._parked:
             return
         self._watch(optimizer)
-        storages = {
+        found = {
             tensor.untyped_storage()._cdata: tensor.untyped_storage()
             for tensor in _state(optimizer)
             if self._movable(tensor)
         }
-        hosts = {}
-        for key, storage in storages.items():
-            host = self._host.get(key)
-            if host is None or host.numel() != storage.nbytes():
-                pin = torch.cuda.is_available()
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin)
-            host.copy_(_bytes(storage), non_blocking=True)
-            hosts[key] = host
-        _finish(storages.values())
-        self._host = hosts
-        self._parked = [(storage, hosts[key]) for key, storage in storages.items()]
+        storages = list(found.values())
+        sizes = [storage.nbytes() for storage in storages]
+        if sum(map(len, self._blocks)) < sum(sizes):
+            self._blocks = []  # first free it
+            self._blocks = host_blocks(sum(sizes), pin=torch.cuda.is_available())
+        self._parked = list(zip(storages, cut(self._blocks, sizes), strict=True))
+        for storage, parts in self._parked:
+            for part, piece in _pairs(storage, parts):
+                part.copy_(piece, non_blocking=True)
+        _finish(storages)
         for storage, _ in self._parked:
             storage.resize_(0)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the state back; nothing to do if it is where it belongs."""
-        for storage, host in self._parked:
-            storage.resize_(host.numel())
-            _bytes(storage).copy_(host, non_blocking=True)
+        for storage, parts in self._parked:
+            storage.resize_(sum(map(len, parts)))
+            for part, piece in _pairs(storage, parts):
+                piece.copy_(part, non_blocking=True)
         _finish(storage for storage, _ in self._parked)
         self._parked = []
 
@@ -106,6 +108,37 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         for value in values.values() if isinstance(values, dict) else ():
             if isinstance(value, torch.Tensor):
                 yield value.to_local() if hasattr(value, "to_local") else value
+
+
+def host_blocks(nbytes: int, pin: bool) -> list[torch.Tensor]:
+    """Host memory for `nbytes` bytes. Blocks of powers of two, since that is what torch rounds
+    pinned memory up to: an embedding of 2.1 GB would take 4."""
+    sizes, left = [], nbytes
+    while left > 0:
+        sizes.append(max(_SMALLEST, 1 << (left.bit_length() - 1)))
+        left -= sizes[-1]
+    return [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in sizes]
+
+
+def cut(blocks: Iterable[torch.Tensor], sizes: Iterable[int]) -> Iterator[list[torch.Tensor]]:
+    """For each of `sizes` that many bytes of the blocks, in parts, one after the other."""
+    left = iter(blocks)
+    block = torch.empty(0, dtype=torch.uint8)
+    for size in sizes:
+        parts = []
+        while size:
+            if not len(block):
+                block = next(left)
+            parts.append(block[:size])
+            block, size = block[size:], size - len(parts[-1])
+        yield parts
+
+
+def _pairs(
+    storage: torch.UntypedStorage, parts: list[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each part, and those bytes of the storage that it is for."""
+    return zip(parts, _bytes(storage).split([len(part) for part in parts]), strict=True)
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rollout_server.doctor.finding import Finding, ok, problem, warning
 from rollout_server.doctor.system import Failed, System
-from rollout_server.engine.arguments import GIB
+from rollout_server.engine.gpu_memory import GIB
 
 _SCARCE = 4 * GIB
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -4,7 +4,7 @@ import time
 
 from rollout_server.doctor.finding import Finding, ok, problem, warning
 from rollout_server.doctor.system import Failed, System
-from rollout_server.engine.arguments import GIB
+from rollout_server.engine.gpu_memory import GIB
 from rollout_server.engine.temporary import SOCKET_FOLDER
 
 MIB = 1 << 20

@@ -9,11 +9,11 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.config import RolloutConfig
+from rollout_server.engine.gpu_memory import GIB, Need, shared_kv_cache, utilization
 from rollout_server.engine.log import first_lines
 from rollout_server.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from rollout_server.weights.wire import LOAD_FORMAT
 
-GIB = 1 << 30
 WORKER_EXTENSION = "rollout_server.worker.extension.WeightReceiver"
 CPU_WORKER = "rollout_server.worker.cpu_worker.CpuWorker"
 
@@ -28,6 +28,7 @@ _TOOL_FORMS = (
 
 def engine_arguments(
     config: RolloutConfig,
+    model: str,
     folder: str,
     names: list[str],
     dtype: str,
@@ -35,16 +36,18 @@ def engine_arguments(
     seed: int,
     on_cpu: bool,
     device: int | None = None,
+    need: Need = Need(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
     """Fields for vLLM's `AsyncEngineArgs`.
 
-    folder: with the config and the tokenizer; names: model names to serve under;
+    model: the folder with the config and the tokenizer, whose path vLLM's compilation caches go by;
+    folder: of the server; names: model names to serve under;
     sampling: defaults for fields that a request leaves out; device: the GPU, as torch counts it in
-    this process.
+    this process; need: what the engine takes there besides its KV cache.
     """
     chosen: dict[str, Any] = {
-        "model": folder,
-        "tokenizer": folder,
+        "model": model,
+        "tokenizer": model,
         "served_model_name": names,
         # Weights come from the trainer before the first request: see worker/loader.py.
         "load_format": LOAD_FORMAT,
@@ -72,7 +75,9 @@ def engine_arguments(
             "kv_cache_memory_bytes": _cpu_kv_cache(config),
         }
     else:
-        chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(config, device)
+        chosen |= {"enable_sleep_mode": config.colocate != "resident"} | _gpu_memory(
+            config, device, need
+        )
     if config.reasoning_parser is not None:
         chosen["reasoning_parser"] = config.reasoning_parser  # a grammar begins after reasoning
     if "load_format" in config.engine_args:
@@ -189,7 +194,7 @@ def _cpu_kv_cache(config: RolloutConfig) -> int:
     return wanted
 
 
-def _gpu_memory(config: RolloutConfig, device: int | None) -> dict[str, Any]:
+def _gpu_memory(config: RolloutConfig, device: int | None, need: Need) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
@@ -198,13 +203,16 @@ def _gpu_memory(config: RolloutConfig, device: int | None) -> dict[str, Any]:
             "for a machine without one"
         )
     wanted, share = config.kv_cache_memory_bytes, config.gpu_memory_utilization
-    if wanted is None and share is not None:
+    if wanted is None and share is not None and config.colocate != "share":
         return {"gpu_memory_utilization": share}
     # Of the device by its name: the current one of this thread is another, where there are several.
     free, total = torch.cuda.mem_get_info(device)
+    if config.colocate == "share":
+        # vLLM would measure the trainer's weights, which move while it loads, as its own.
+        wanted, share = wanted or shared_kv_cache(free, total, share, need), None
     # With a KV cache of a given size vLLM measures nothing, and still wants this share to be free:
     # its default, nearly all, never is beside a trainer.
-    memory: dict[str, Any] = {"gpu_memory_utilization": share or round(free / total / 2, 3)}
+    memory: dict[str, Any] = {"gpu_memory_utilization": utilization(free, total, share)}
     if wanted is not None:
         if wanted > free:
             raise OutOfMemoryError(

@@ -55,6 +55,7 @@ class Engine:
         children: Callable[[], AbstractContextManager[None]],
         log_path: str,
         pids: list[int],
+        on_end: Callable[[], None],
     ):
         self.client = client
         self._peak = peak
@@ -63,6 +64,7 @@ class Engine:
         self._children = children
         self._log = log_path
         self._pids = pids
+        self._on_end = on_end
         self._spawner: SpawnerThread | None = None
         self._processes = EngineProcesses(client)
 
@@ -73,12 +75,14 @@ class Engine:
         variables: Mapping[str, str],
         log_path: str,
         pids: list[int],
+        on_end: Callable[[], None],
     ) -> "Engine":
         """Start vLLM with `AsyncEngineArgs` fields `arguments` and environment `variables`.
 
         `log_path` is the file that the engine's processes write to; their ids go into `pids` as
-        they start. Blocks the loop, on which nothing else runs yet. Raises `UnsupportedModelError`,
-        `ConfigError`, `OutOfMemoryError` or `EngineStartError`; no process is left behind then.
+        they start, and `on_end` is called when they have ended. Blocks the loop, on which nothing
+        else runs yet. Raises `UnsupportedModelError`, `ConfigError`, `OutOfMemoryError` or
+        `EngineStartError`; no process is left behind then.
         """
         peak = PeakUsage()
         children = functools.partial(engine_children, log_path, variables, pids)
@@ -100,7 +104,7 @@ class Engine:
             except Exception as error:
                 kill_trees(pids)
                 raise log.start_error(error, log_path) from error
-        engine = cls(client, peak, children, log_path, pids)
+        engine = cls(client, peak, children, log_path, pids, on_end)
         try:
             await engine._describe()
             if refused := engine.description.refused:
@@ -151,6 +155,7 @@ class Engine:
             self.client.engine_core.shutdown(timeout=0)
         if self._spawner is not None:
             self._spawner.stop()
+        self._on_end()
 
     async def readmit(self) -> None:
         await self._alive(self.client.readmit())
@@ -326,6 +331,7 @@ class Engine:
         kill(tree)
         if self._spawner is not None:
             self._spawner.stop()
+        self._on_end()
 
 
 def _read(packed: list[bytes], kind: type[T]) -> list[T]:

@@ -35,6 +35,8 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str, untied
     # Absent in a model that was built in memory; vLLM picks its class by it.
     fields["architectures"] = config.architectures or [_class_name(model)]
     fields["dtype"] = dtype
+    # Where the model came from; vLLM puts the folder's own path there.
+    fields.pop("_name_or_path", None)
     if untied:  # as when PEFT trains a copy of it
         fields["tie_word_embeddings"] = False
     # The policy's weights come as they are in memory, whatever file they once came from.

@@ -22,6 +22,7 @@ from rollout_server.errors import (
 )
 from rollout_server.lifecycle.steps import shielded
 from rollout_server.lifecycle.sync_transition import SyncTransition
+from rollout_server.weights.exports import Exports, collect
 from rollout_server.weights.shared import SharedWeights
 from rollout_server.weights.sources.base import Source
 from rollout_server.weights.staging import EngineTensorInfo, Staging
@@ -60,13 +61,16 @@ class Sender:
         loop: LoopThread,
         engine: EngineProtocol,
         shared: SharedWeights | None,
+        exports: Exports,
     ):
-        """shared: the memory that engine and policy have in common, with colocate="share"."""
+        """shared: the memory that engine and policy have in common, with colocate="share"; exports:
+        takes what the engine is given."""
         self._config = config
         self._loop = loop
         self._engine = engine
         self._shared = shared
-        self._exporter = Exporter()
+        self._exports = exports
+        self._exporter = Exporter(exports)
         self._staging = Staging(
             config.sync_bucket_bytes,
             EngineTensorInfo(engine.description.dtypes, engine.description.splittable),
@@ -82,7 +86,7 @@ class Sender:
         """An engine is a new one, `here` or another rank's: all ranks send all parts."""
         self._frozen = None
         if here:
-            self._exporter = Exporter()
+            self._exporter = Exporter(self._exports)
 
     def send(self, source: Source, sync: SyncTransition) -> Written:
         """Write the policy's tensors into the engine, which `sync` has brought to rest; what was
@@ -204,12 +208,16 @@ class Sender:
             return await self._engine.compare_adapter(message)
 
     def release(self, source: Source) -> None:
-        """Give the buckets back, here and in the engine."""
+        """Give the buckets back, in the engine and then here."""
         first = 0 if self._shared is not None else source.staged_from
-        if first is not None and self._exporter.forget(first):
-            self._staging.release()
-            with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
-                self._result(self._submit(self._engine.forget_weights(first)))
+        if first is None or not self._exporter.has(first):
+            return
+        with contextlib.suppress(RolloutServerError):  # an engine that is broken has told so
+            self._result(self._submit(self._engine.forget_weights(first)))
+            self._exports.let_go(lambda part: isinstance(part, int) and part >= first)
+        self._exporter.forget(first)
+        self._staging.release()
+        collect()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Have a coroutine run on the server's loop, and go on."""

@@ -45,6 +45,7 @@ from rollout_server.lifecycle.sync_transition import SyncTransition
 from rollout_server.observability.events import Journal
 from rollout_server.ranks import Ranks
 from rollout_server.sync.sender import Sender
+from rollout_server.weights.exports import Exports
 from rollout_server.weights.policy import Policy
 from rollout_server.weights.report import SyncReport
 from rollout_server.weights.shared import SharedWeights, require_shareable
@@ -73,9 +74,11 @@ class WeightSync:
         shared: SharedWeights | None,
         ranks: Ranks,
         group: Ranks,
+        exports: Exports,
     ):
         """specs: the tensors that the engine was started for; shared: the memory that it has in
-        common with the policy, with colocate="share"; group: of the ranks, those of this engine."""
+        common with the policy, with colocate="share"; group: of the ranks, those of this engine;
+        exports: takes what the engine is given."""
         self._policy = policy
         self._config = config
         self._loop = loop
@@ -85,7 +88,7 @@ class WeightSync:
         self._shared = shared
         self._ranks = ranks
         self._group = group
-        self.sender = Sender(config, loop, engine, shared)
+        self.sender = Sender(config, loop, engine, shared, exports)
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
         self._stamp: Any = None  # of the policy, when its weights were last sent

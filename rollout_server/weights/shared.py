@@ -17,6 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rollout_server.errors import ConfigError
+from rollout_server.weights.exports import Exports, give_back
 from rollout_server.weights.sources.base import Source
 from rollout_server.weights.transport import Handle, handle, shared_empty
 from rollout_server.weights.wire import ADDRESS, Layout
@@ -39,7 +40,9 @@ def require_shareable(source: Source) -> None:
 class SharedWeights:
     """The memory that the policy and the engine have in common; empty until the engine asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, exports: Exports | None = None) -> None:
+        """exports: takes what is given to the engine."""
+        self._exports = exports or Exports()
         self._views: dict[str, torch.Tensor] = {}
         self._layout: Layout | None = None
         self._slots: list[torch.Tensor] = []
@@ -87,12 +90,11 @@ class SharedWeights:
         if self._layout is not None:
             if layout != self._layout:
                 raise RuntimeError("the engine wants another layout than the one before it")
-            return [handle(memory.untyped_storage()) for memory in self._slots]
+            return self._handles()
         inside: dict[int, list[str]] = {}
         for name, place in layout.places.items():
             inside.setdefault(place.slot, []).append(name)
         device = next(iter(tensors.values())).device
-        handles = []
         for number, slot in enumerate(layout.slots):
             memory = shared_empty((slot.size,), getattr(torch, slot.dtype), device)
             filled = sum(tensors[name].numel() for name in inside.get(number, ()))
@@ -104,13 +106,16 @@ class SharedWeights:
                 self._views[name] = view
                 view.copy_(tensors[name])
                 tensors[name].data = view
-            handles.append(handle(memory.untyped_storage()))
             self._slots.append(memory)
         if device.type == "cuda":
-            # The engine reads next, and sizes its KV cache by what is free.
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)  # the engine reads next
+            give_back()
         self.copied, self._layout = layout.copied, layout
+        return self._handles()
+
+    def _handles(self) -> list[Handle]:
+        handles = [handle(memory.untyped_storage()) for memory in self._slots]
+        self._exports.give(ADDRESS, handles)
         return handles
 
     def left(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rollout_server.errors import WeightSyncError
+from rollout_server.weights.exports import Exports
 from rollout_server.weights.wire import Part, Piece
 
 _SHM = "/dev/shm"
@@ -43,6 +44,13 @@ class SharedMemory:
         finally:
             os.close(fd)
 
+    @property
+    def counter_file(self) -> None:
+        return None
+
+    def release(self) -> None:
+        """The system counts who has it mapped."""
+
 
 @dataclass(frozen=True)
 class CudaIpc:
@@ -60,6 +68,16 @@ class CudaIpc:
             raise RuntimeError(
                 f"CUDA refuses to open the trainer's memory ({error}){_REMEDY}"
             ) from error
+
+    @property
+    def counter_file(self) -> str:
+        name: bytes = self.arguments[11]
+        return name.decode().removeprefix("/")
+
+    def release(self) -> None:
+        """Once too often does no harm: memory waits while the count is above 0."""
+        kind: Any = torch.UntypedStorage
+        kind._release_ipc_counter(*self.arguments[11:13])
 
 
 class _View(NamedTuple):
@@ -107,7 +125,9 @@ class _Exported:
 class Exporter:
     """The trainer's side. Not thread-safe: used by one transition at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, exports: Exports | None = None) -> None:
+        """exports: takes what is given to the engine, by the number of the part."""
+        self._exports = exports or Exports()
         self._parts: dict[int, _Exported] = {}
         self._epoch = 0
 
@@ -122,6 +142,7 @@ class Exporter:
             handles: _Handles | None
             sent, handles = self._share(pieces)
             self._parts[part.number] = sent
+            self._exports.give(part.number, handles[0])
         else:
             handles = None
         for index, copy in sent.staged.items():
@@ -130,12 +151,14 @@ class Exporter:
             torch.cuda.synchronize(device)  # a thread's current device may be another
         return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
-    def forget(self, first: int = 0) -> bool:
-        """Send handles anew next time, from part number `first` on; whether there were such."""
-        kept = {number: sent for number, sent in self._parts.items() if number < first}
-        forgotten = len(kept) < len(self._parts)
-        self._parts = kept
-        return forgotten
+    def has(self, first: int = 0) -> bool:
+        """Whether a part from number `first` on was sent."""
+        return any(number >= first for number in self._parts)
+
+    def forget(self, first: int = 0) -> None:
+        """Send handles anew next time, from part number `first` on. The engine is to let go of them
+        before this, since torch keeps what another process has open."""
+        self._parts = {number: sent for number, sent in self._parts.items() if number < first}
 
     def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, _Handles]:
         _allow_many_descriptors()

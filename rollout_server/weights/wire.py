@@ -17,6 +17,8 @@ LOAD_FORMAT = "rollout_server"
 ADAPTER_ID = 1
 # Where, in the engine's folder, the trainer says how its memory is asked for.
 ADDRESS = "sharing.json"
+# There too: names of torch's files in shared memory that count who has the trainer's memory open.
+COUNTERS = "counters.txt"
 
 
 class Piece(NamedTuple):

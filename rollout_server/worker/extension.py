@@ -25,6 +25,7 @@ from rollout_server.weights.wire import (
     pack,
 )
 from rollout_server.worker.copier import Copier
+from rollout_server.worker.keeping import keep_over_sleep
 from rollout_server.worker.lora import AdapterSlot
 from rollout_server.worker.plan import Plan
 from rollout_server.worker.refit import install as take_refits
@@ -72,11 +73,13 @@ class WeightReceiver(_Worker):
     _rollout_imported: Importer
 
     def rollout_finish_loading(self) -> None:
-        """Note in the plan what vLLM has done to the weights since they were loaded. Once, when
-        the engine is up, and before it is described."""
+        """Note in the plan what vLLM has done to the weights since they were loaded, and prepare
+        for sleep. Once, when the engine is up, and before it is described."""
         model = self.get_model()
         if (plan := _plan_of(model)) is not None:
             _note_repacked(model, plan)
+        if next(model.parameters()).device.type != "cpu":  # vLLM's own sleep
+            keep_over_sleep(self)
 
     def rollout_describe(self) -> bytes:
         """A `WorkerDescription`."""
@@ -117,7 +120,9 @@ class WeightReceiver(_Worker):
         plan, pieces = model.rollout_plan, self._rollout_open(message).pieces
         if not plan.usable:
             pieces = plan.comparable(pieces, model)
-        return Compared(plan.mismatched(pieces))
+        mismatched = plan.mismatched(pieces)
+        _give_back()
+        return Compared(mismatched)
 
     @_packed
     def rollout_write_adapter(
@@ -154,6 +159,8 @@ class WeightReceiver(_Worker):
         opened = self._rollout_open(message)
         reload.part(self, opened.pieces, first, last, layerwise)
         _finish_device_work()
+        if last:
+            _give_back()
         return _written(opened)
 
     def _rollout_beside_core(self) -> bool:
@@ -222,6 +229,12 @@ def _plain_experts(layer: torch.nn.Module) -> bool:
 def _finish_device_work() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _give_back() -> None:
+    """Temporary tensors' memory, which the KV cache may need next."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

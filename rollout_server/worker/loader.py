@@ -18,10 +18,11 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from rollout_server.weights.manifest import read_specs, read_views
 from rollout_server.weights.storages import identity
-from rollout_server.weights.wire import LOAD_FORMAT, Piece, TensorSpec
+from rollout_server.weights.wire import LOAD_FORMAT, Layout, Piece, TensorSpec
 from rollout_server.worker import sharing
 from rollout_server.worker.plan import Plan
 from rollout_server.worker.recording import record
+from rollout_server.worker.unallocated import Unallocated, allocate, built
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -30,8 +31,11 @@ class PolicyLoader(DummyModelLoader):
 
     Leaves on the model `rollout_plan`, a `Plan`, or the text of an error: `rollout_refusal` where
     the model and the trainer's tensors don't fit, `rollout_unshareable` where they can't be one.
-    With "share", `rollout_shared` is true and the parameters are the trainer's memory.
+    With "share", `rollout_shared` is true and the parameters are the trainer's memory; they had
+    none before, where the architecture allows it (see unallocated.py).
     """
+
+    _unallocated: Unallocated | None = None  # while a model is built
 
     def __init__(self, load_config: Any):
         BaseModelLoader.__init__(self, load_config)  # Dummy's own refuses an extra config
@@ -39,27 +43,47 @@ class PolicyLoader(DummyModelLoader):
         self._folder, self._share = extra["folder"], extra["share"]
         self._specs, self._views = read_specs(self._folder), read_views(self._folder)
 
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        def build() -> Any:
+            return super(PolicyLoader, self).load_model(vllm_config, model_config, prefix)
+
+        if not self._share:
+            return build()
+        self._device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        self._unallocated = Unallocated()
+        name = " ".join(model_config.architectures)
+        return built(build, self._unallocated, vllm_config.compilation_config, name)
+
     def load_weights(self, model: Any, model_config: Any) -> None:
+        if self._unallocated is not None:
+            self._unallocated.end()
         if self._share:
             self._share_weights(model)
         else:
             self._fill_weights(model)
 
     def _share_weights(self, model: Any) -> None:
+        wanted = self._layout(model)
+        if wanted is None:  # vLLM goes on all the same, until the reason is asked for
+            allocate(model, self._device)
+            return
+        sharing.bind(model, self._folder, wanted, self._device)
+        # Once more, for the memory that the parameters have now.
+        model.rollout_plan = self._record(model, _empty(self._specs), write=False)
+        model.rollout_shared = True
+
+    def _layout(self, model: Any) -> Layout | None:
+        """Where the trainer's tensors are to be; None, and noted on the model, if they can't."""
         try:
             plan = self._record(model, _empty(self._specs), write=False)
         except ValueError as error:
             model.rollout_refusal = str(error)
-            return
+            return None
         try:
-            wanted = sharing.layout(model, plan)
+            return sharing.layout(model, plan)
         except ValueError as error:
             model.rollout_unshareable = str(error)
-            return
-        sharing.bind(model, self._folder, wanted)
-        # Once more, for the memory that the parameters have now.
-        model.rollout_plan = self._record(model, _empty(self._specs), write=False)
-        model.rollout_shared = True
+            return None
 
     def _fill_weights(self, model: Any) -> None:
         device = next(model.parameters()).device

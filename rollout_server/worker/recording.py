@@ -242,7 +242,8 @@ def _left(parameter: torch.Tensor, views: list[torch.Tensor]) -> int:
     if any(_covers(view, parameter) for view in views):
         return 0
     size = max(_end(t) for t in [parameter, *views])
-    painted = torch.zeros(size, dtype=torch.bool, device=parameter.device)
+    device = "cpu" if parameter.is_meta else parameter.device
+    painted = torch.zeros(size, dtype=torch.bool, device=device)
     for view in views:
         _like(painted, view).fill_(True)
     return int((~_like(painted, parameter)).sum())

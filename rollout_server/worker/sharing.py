@@ -20,6 +20,7 @@ import torch
 from rollout_server.weights.storages import identity
 from rollout_server.weights.wire import ADDRESS, Layout, Place, Slot
 from rollout_server.worker.plan import Plan
+from rollout_server.worker.unallocated import give_memory
 
 
 def layout(model: torch.nn.Module, plan: Plan) -> Layout:
@@ -55,8 +56,9 @@ def layout(model: torch.nn.Module, plan: Plan) -> Layout:
     return Layout(slots, places, copied)
 
 
-def bind(model: torch.nn.Module, folder: str, wanted: Layout) -> None:
-    """Ask the trainer for the memory of a layout, and point the model's parameters into it."""
+def bind(model: torch.nn.Module, folder: str, wanted: Layout, device: torch.device) -> None:
+    """Ask the trainer for the memory of a layout, which is on `device`, and have the model's
+    parameters be in it."""
     with open(os.path.join(folder, ADDRESS), encoding="utf-8") as f:
         told = json.load(f)
     with Client(told["address"], "AF_UNIX", authkey=bytes.fromhex(told["key"])) as trainer:
@@ -67,10 +69,10 @@ def bind(model: torch.nn.Module, folder: str, wanted: Layout) -> None:
     slots = [handle.open() for handle in handles]
     numbers = {identity(p): number for number, p in enumerate(_firsts(model))}
     for parameter, number in [(p, numbers[identity(p)]) for p in model.parameters()]:
-        empty = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        parameter.data = empty.set_(
-            slots[number], parameter.storage_offset(), parameter.shape, parameter.stride()
-        )
+        empty = torch.empty(0, dtype=parameter.dtype, device=device)
+        offset = parameter.storage_offset()
+        memory = empty.set_(slots[number], offset, parameter.shape, parameter.stride())
+        give_memory(parameter, memory)
 
 
 def _firsts(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -34,7 +34,9 @@ def gpus(monkeypatch):
 
 def started_with(**options):
     config = RolloutConfig(**options)
-    return arguments.engine_arguments(config, "f", ["policy"], "bfloat16", {}, 0, False, device=1)
+    return arguments.engine_arguments(
+        config, "m", "f", ["policy"], "bfloat16", {}, 0, False, device=1
+    )
 
 
 def accepted(chosen, free):

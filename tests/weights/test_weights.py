@@ -144,7 +144,9 @@ def test_tensors_of_one_storage_are_opened_once():
         assert torch.equal(piece.tensor, given[piece.name])
     again = exporter.export(whole(given))
     assert importer.open(again) is opened
-    assert exporter.forget() and not exporter.forget()
+    assert exporter.has() and exporter.has(0) and not exporter.has(1)
+    exporter.forget()
+    assert not exporter.has()
     importer.forget()
     with pytest.raises(RuntimeError, match="never sent"):
         importer.open(again)
