@@ -9,6 +9,7 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.config import RolloutConfig
+from rollout_server.engine.images import IMAGES
 from rollout_server.engine.log import first_lines
 from rollout_server.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from rollout_server.weights.wire import LOAD_FORMAT
@@ -59,6 +60,9 @@ def engine_arguments(
         # Log-probabilities of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
+        # Prompts with images are token-exact; others' media haven't been proven to be.
+        "limit_mm_per_prompt": {"image": IMAGES, "video": 0, "audio": 0},
+        "mm_processor_cache_gb": 1,  # of the trainer's host memory, and of the engine's
         # Nothing is fetched for a request: vLLM takes an empty list for every domain.
         "allowed_media_domains": ["nowhere.invalid"],
         "worker_extension_cls": WORKER_EXTENSION,
