@@ -72,6 +72,7 @@ def _ids(index: int, prompt: Prompt, tokenizer: Any) -> list[int]:
     elif len(prompt) and all(isinstance(m, dict) for m in prompt):
         if seen := _image_parts(prompt):
             _require_images(index, seen, processor)
+        if seen or not getattr(tokenizer, "chat_template", None):
             tokenizer = processor
         ids = tokenizer.apply_chat_template(
             list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True

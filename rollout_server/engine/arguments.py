@@ -1,6 +1,7 @@
 """What vLLM's engine is started with."""
 
 import getpass
+import importlib.util
 import os
 import re
 import tempfile
@@ -100,6 +101,12 @@ def vllm_config(arguments: Mapping[str, Any]) -> Any:
         ) from error
     except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
         text = str(error)
+        if "failed to be inspected" in text and importlib.util.find_spec("torchvision") is None:
+            raise UnsupportedModelError(
+                "vLLM's implementation of this architecture can't be imported, and torchvision, "
+                "which most that see images import, isn't installed; install the build of "
+                f"torchvision that belongs to your torch: {first_lines(text)}"
+            ) from error
         if "rchitecture" in text:
             raise UnsupportedModelError(
                 f"vLLM has no such architecture: {first_lines(text)}; serve a model whose class "

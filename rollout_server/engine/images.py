@@ -10,6 +10,7 @@ nothing is put in.
 """
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,9 +58,9 @@ def _placed(processor: Any, apply: Any, ids: KnownIds, updates: Mapping[str, Any
     known, rest, here = ids[: ids.known], ids[ids.known :], ids.images
     images = updates.get("image", [])
     found = list(processor._find_mm_placeholders(known, {"image": images[:here]}).get("image", ()))
-    seen = [token for place in found for token in _seen(place)]
+    seen = Counter(token for place in found for token in _seen(place))
     # A model can sample such a token, which then looks like a part of an image.
-    if len(found) != here or len(seen) != sum(token in set(seen) for token in known):
+    if len(found) != here or seen.total() != sum(token in seen for token in known):
         raise ValueError(
             f"the prompt's tokens must hold {here} images, each with all its tokens, and no such "
             "token besides; give the token ids that the processor made of the prompt"

@@ -12,7 +12,7 @@ from rollout_server.engine.images import IMAGES
 from rollout_server.http.responses import BadRequest, shown
 
 PIXELS = 1 << 25  # of an image; 3 bytes each when it is decoded
-ALL_PIXELS = 1 << 26  # of all images of a request
+ALL_PIXELS = 1 << 27  # of all images of a request
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others' readers are many, and rarely used
 
 

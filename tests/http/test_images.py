@@ -150,7 +150,7 @@ ATTACKS = {
     "a bomb": (part(png(60000, 60000)), "3600000000 pixels.*give at most"),
     "a large one": (part(png(6000, 6000)), "6000 x 6000 pixels"),
     "many that are large": (
-        [{"role": "user", "content": part(png(5000, 5000))[0]["content"] * 3}],
+        [{"role": "user", "content": part(png(5000, 5000))[0]["content"] * 6}],
         "all images up to this one",
     ),
     "many": ([{"role": "user", "content": part(SMALL)[0]["content"] * 65}], "more than 64 images"),
