@@ -31,7 +31,7 @@ test: setup ## all tests (those for a GPU are skipped without one)
 	python -m pytest -q -m "not models" tests
 
 test-models: setup ## architectures, each attached
-	python -m pytest -q -m models tests/architectures
+	python -m pytest -q -m models tests
 
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests

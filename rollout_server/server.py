@@ -139,6 +139,7 @@ class RolloutServer(Assembly):
         prompts: Prompt | Sequence[Prompt],
         sampling: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        *,
         images: Sequence[Sequence[Any] | None] | None = None,
     ) -> list[Completion]:
         """Sample completions, without HTTP.

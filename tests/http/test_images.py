@@ -3,7 +3,9 @@
 import base64
 import copy
 import io
+import os
 import re
+import signal
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -251,3 +253,17 @@ def test_a_generation_goes_on_with_the_image_as_the_new_tower_sees_it(server, po
     for of, there in ((before, slice(0, at)), (model, slice(at, None))):
         own = seen_logprobs(of, processor, prompt_ids, sampled, [A])
         assert far(logprobs[there], own[there]) < 1e-4
+
+
+@pytest.mark.models  # it costs another engine's start
+def test_a_generation_outlives_its_engine_and_its_images(server, policy):
+    model, processor = policy
+    messages = [user_over_http("Long. ", A)]
+    ask(server.openai(), messages, max_tokens=1)  # the image is known to the engine
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(ask, server.openai(), messages, max_tokens=150)
+        eventually(lambda: under_way(server))
+        os.kill(server.engine_pid, signal.SIGKILL)
+        prompt_ids, sampled, logprobs = tokens(asked.result(200))
+    own = seen_logprobs(model, processor, prompt_ids, sampled, [A])
+    assert far(logprobs, own) < 1e-4
