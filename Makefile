@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test test-fast soak bench docs lint format lock clean
+.PHONY: help setup demo test test-models test-fast soak bench docs lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,7 +28,10 @@ demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
 		recipes/train.py --config recipes/training/demo.yaml $(if $(SEED),--seed $(SEED))
 
 test: setup ## all tests (those for a GPU are skipped without one)
-	python -m pytest -q tests
+	python -m pytest -q -m "not models" tests
+
+test-models: setup ## architectures, each attached
+	python -m pytest -q -m models tests
 
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests

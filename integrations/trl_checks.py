@@ -14,7 +14,7 @@ from rollout_server.engine.sampling import sampling_params
 from rollout_server.engine.spawn import quiet_front_end
 from rollout_server.errors import NotAvailableError, SamplingError, TrainerError
 
-from .trl_generation import generation_fields, sampling_of
+from .trl_generation import brings_tools, generation_fields, sampling_of, sees_images
 
 # Trainers that generate, and how.
 _OTHERS = {
@@ -65,7 +65,7 @@ def check(trainer: Any, config: RolloutConfig) -> None:
     for method in ("_generate", "_generate_and_score_completions"):
         if not inspect.ismethod(getattr(trainer, method, None)):
             raise TrainerError(f"{kind} has no {method}(); TRL 1.0 or later is needed")
-    _refuse_images(trainer)
+    _check_images(trainer)
     _check_generation_kwargs(trainer)
     if getattr(trainer, "vllm_importance_sampling_correction", False):
         _check_importance_sampling(trainer, config)
@@ -84,6 +84,11 @@ def check_rollout(trainer: Any, config: RolloutConfig) -> None:
         raise NotAvailableError(
             "rollout= with engine_args['tensor_parallel_size'] above 1 isn't available in this "
             "version; leave that out"
+        )
+    if (where := _images_of(trainer)) is not None:
+        raise NotAvailableError(
+            f"rollout=: {where}, with which the rows of an agent can't be trained in this version; "
+            "leave that column out"
         )
 
 
@@ -122,25 +127,35 @@ def _refuse_kind(trainer: Any, kind: str) -> None:
     )
 
 
-def _refuse_images(trainer: Any) -> None:
+def _check_images(trainer: Any) -> None:
     """By the columns of the data sets, and by their first prompts."""
+    if (where := _images_of(trainer)) is None:
+        return
+    if not sees_images(trainer):
+        kind = type(trainer.processing_class).__name__
+        raise TrainerError(
+            f"{where}, and the trainer's processing_class is a {kind}, which takes none; give the "
+            "model's processor, or leave that column out"
+        )
+    if brings_tools(trainer):
+        raise NotAvailableError(
+            f"{where}, and the trainer has tools or environments, beside which images aren't "
+            "available in this version; leave either out"
+        )
+
+
+def _images_of(trainer: Any) -> str | None:
+    """Which of the data sets holds images, and where."""
     for name in ("train_dataset", "eval_dataset"):
         given: Any = getattr(trainer, name, None)
         for data in given.values() if isinstance(given, Mapping) else [given]:
             columns = getattr(data, "column_names", None) or ()
             found = [column for column in _IMAGES if column in columns]
             if not found and "prompt" in columns and hasattr(data, "__getitem__") and len(data):
-                prompt = data[0]["prompt"]
-                messages = prompt if isinstance(prompt, list) else ()
-                parts = (
-                    p for m in messages if isinstance(m["content"], list) for p in m["content"]
-                )
-                found = ["prompt"] if any(p.get("type") == "image" for p in parts) else []
+                found = ["prompt"] if _holds_image(data[0]["prompt"]) else []
             if found:
-                raise NotAvailableError(
-                    f"{name} holds images in its column {found[0]!r}, which this version can't "
-                    "generate from; train on text: leave that column out"
-                )
+                return f"{name} holds images in its column {found[0]!r}"
+    return None
 
 
 def _holds_image(prompt: Any) -> bool:

@@ -50,19 +50,21 @@ class EngineGeneration:
         prompts: token ids; repeated already, so `num_generations` isn't needed here. One that a
             tool's result has made longer than the engine's context is completed by nothing, which
             ends TRL's tool loop; one of the data set's is refused.
+        images: of each prompt a list of PIL images, whose tokens are all in the prompt; or None.
 
         Returns (prompt_ids, completion_ids, logprobs, logprob_token_ids), each a list with an
         entry per prompt; of the last two, each entry is a list per token with one value.
         """
-        if images is not None and any(images):
+        if images is not None and any(images) and brings_tools(self._trainer):
             raise NotAvailableError(
-                "the prompts hold images, which this version can't generate from; train on text"
+                "the prompts hold images, beside which the trainer's tools and environments aren't "
+                "available in this version; leave either out"
             )
         if self._asleep:  # asked again without a new optimizer step
             self.sync_weights()
         started = time.perf_counter()
         with profiler or nullcontext():
-            completions = self._complete(prompts)
+            completions = self._complete(prompts, images or [None] * len(prompts))
         seconds = time.perf_counter() - started
         self.log("tokens_per_second", sum(len(c.ids) for c in completions) / seconds)
         self.log("policy_version", self._server.policy_version)
@@ -75,10 +77,12 @@ class EngineGeneration:
             [[[i] for i in c.ids] for c in completions],
         )
 
-    def _complete(self, prompts: list[list[int]]) -> list[Completion]:
+    def _complete(self, prompts: list[list[int]], images: list[Any]) -> list[Completion]:
         room = self._server.max_model_len if self._asked_again else float("inf")
         self._asked_again = True
-        sampled = iter(self._server.generate([p for p in prompts if len(p) < room], self._fields))
+        seen = [of_one for p, of_one in zip(prompts, images, strict=True) if len(p) < room]
+        fit = [p for p in prompts if len(p) < room]
+        sampled = iter(self._server.generate(fit, self._fields, images=seen))
         return [next(sampled) if len(p) < room else self._nothing(p) for p in prompts]
 
     def _nothing(self, prompt: list[int]) -> Completion:
@@ -125,6 +129,16 @@ def sampling_of(trainer: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def sees_images(trainer: Any) -> bool:
+    return hasattr(trainer.processing_class, "image_processor")
+
+
+def brings_tools(trainer: Any) -> bool:
+    """Whether more comes into a conversation while its completion is made."""
+    names = ("tools", "environment_factories", "environments")
+    return any(getattr(trainer, name, None) for name in names)
+
+
 def generation_fields(trainer: Any) -> dict[str, Any]:
     """The fields of the trainer's own rollouts, over the server's defaults."""
     fields = sampling_of(trainer) | dict(trainer.args.generation_kwargs or {})
@@ -133,4 +147,11 @@ def generation_fields(trainer: Any) -> dict[str, Any]:
         fields["structured_outputs"] = structured_outputs(regex=regex)
     elif isinstance(fields.get("structured_outputs"), dict):
         fields["structured_outputs"] = structured_outputs(**fields["structured_outputs"])
+    if sees_images(trainer):
+        # A token that stands for an image and has none: transformers refuses the completion. TRL
+        # has them suppressed where transformers generates.
+        config = trainer.model.config
+        tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+        never = {token: -100.0 for token in tokens if isinstance(token, int)}
+        fields["logit_bias"] = never | dict(fields.get("logit_bias") or {})
     return fields

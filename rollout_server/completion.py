@@ -1,5 +1,6 @@
 """What `RolloutServer.generate` takes and gives."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -37,11 +38,26 @@ def prompt_list(prompts: Prompt | Sequence[Prompt], tokenizer: Any) -> list[list
     """Token ids of each prompt; `prompts` is one prompt or several.
 
     A prompt is a string (tokenised as it is, special tokens included), token ids, or messages
-    (rendered with the chat template, and the start of the assistant's turn added).
+    (rendered with the chat template, and the start of the assistant's turn added; those with
+    images by the processor, each with all its tokens).
     """
+    return [_ids(i, p, tokenizer) for i, p in enumerate(_several(prompts))]
+
+
+def images_in(prompts: Prompt | Sequence[Prompt]) -> list[list[Any]]:
+    """The images of each prompt, those of messages: parts `{"type": "image", "image": ...}`."""
+    return [[part["image"] for part in _image_parts(prompt)] for prompt in _several(prompts)]
+
+
+def _image_parts(prompt: Prompt) -> list[dict[str, Any]]:
+    contents = [m.get("content") for m in prompt if isinstance(m, dict)]
+    parts = itertools.chain.from_iterable(c for c in contents if isinstance(c, list))
+    return [p for p in parts if isinstance(p, dict) and p.get("type") == "image"]
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, dict)))
-    several = cast(Sequence[Prompt], [prompts] if one else prompts)
-    return [_ids(i, p, tokenizer) for i, p in enumerate(several)]
+    return cast(Sequence[Prompt], [prompts] if one else prompts)
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -50,13 +66,19 @@ def text_tokenizer(tokenizer: Any) -> Any:
 
 
 def _ids(index: int, prompt: Prompt, tokenizer: Any) -> list[int]:
-    tokenizer = text_tokenizer(tokenizer)
+    processor, tokenizer = tokenizer, text_tokenizer(tokenizer)
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif len(prompt) and all(isinstance(m, dict) for m in prompt):
+        if seen := _image_parts(prompt):
+            _require_images(index, seen, processor)
+        if seen or not getattr(tokenizer, "chat_template", None):
+            tokenizer = processor
         ids = tokenizer.apply_chat_template(
             list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
+        if isinstance(ids[0], list):  # a processor's are of a batch
+            (ids,) = ids
     else:
         ids = list(prompt)
         if not all(isinstance(i, int) for i in ids):
@@ -67,3 +89,22 @@ def _ids(index: int, prompt: Prompt, tokenizer: Any) -> list[int]:
     if not ids:
         raise SamplingError(f"prompts[{index}] is empty; give at least one token")
     return ids
+
+
+def _require_images(index: int, parts: Sequence[dict[str, Any]], processor: Any) -> None:
+    if not hasattr(processor, "image_processor"):
+        raise SamplingError(
+            f"prompts[{index}] holds images, which a {type(processor).__name__} has no processor "
+            "for; attach the model with its processor"
+        )
+    require_decoded(f"prompts[{index}]", [part.get("image") for part in parts])
+
+
+def require_decoded(name: str, images: Sequence[Any]) -> None:
+    """`SamplingError` unless the images of a prompt are PIL's: nothing is fetched or opened."""
+    for image in images:
+        if not (hasattr(image, "convert") and hasattr(image, "size")):
+            raise SamplingError(
+                f"{name} holds the image {str(image)[:80]!r} ({type(image).__name__}); give images "
+                "that are decoded, as PIL has them"
+            )

@@ -139,13 +139,18 @@ class RolloutServer(Assembly):
         prompts: Prompt | Sequence[Prompt],
         sampling: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        *,
+        images: Sequence[Sequence[Any] | None] | None = None,
     ) -> list[Completion]:
         """Sample completions, without HTTP.
 
         Args:
-            prompts: one prompt or several; each a string, token ids, or messages.
+            prompts: one prompt or several; each a string, token ids, or messages, which may hold
+                PIL images: parts `{"type": "image", "image": image}`.
             sampling: fields of vLLM's `SamplingParams` over the server's defaults.
             timeout: seconds, instead of `generate_timeout`.
+            images: of prompts that are token ids: for each prompt a list of the PIL images that
+                stand in it, each with all its tokens, as the processor makes them; or None.
 
         Returns:
             `n` completions for each prompt (n is 1 unless `sampling` says otherwise), those of the
@@ -161,7 +166,9 @@ class RolloutServer(Assembly):
         fields = self._sampling | {"logprobs": 0} | dict(sampling or {})
         timeout = timeout or self._config.generate_timeout
         with self._box.open_throughout():
-            return self._generation.completions(prompts, self._policy.tokenizer, fields, timeout)
+            return self._generation.completions(
+                prompts, self._policy.tokenizer, fields, timeout, images
+            )
 
     def openai(self, **options: Any) -> Any:
         """A ready `openai.OpenAI` client; options are its own."""

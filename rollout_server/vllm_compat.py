@@ -119,6 +119,23 @@ async def refit(client: Any, message: Any, version: int) -> list[bytes]:
     return reports
 
 
+def keep_media(renderer: Any) -> None:
+    """Have each request carry the media that it needs.
+
+    By default vLLM hands the engine core the data of an image once, and later requests only name
+    it; one that runs when the core dies then couldn't go on with the next core. What an image was
+    processed to is kept as before.
+    """
+    from vllm.multimodal import cache
+
+    if type(renderer.mm_processor_cache).__name__ in _NAMING:
+        renderer._mm_processor_cache = cache.MultiModalProcessorOnlyCache(renderer.model_config)
+
+
+# What vLLM calls the cache that names: before some version the first, and then the second.
+_NAMING = ("MultiModalProcessorSenderCache", "LruKeyReplicatedSenderCache")
+
+
 def lora_name_mapper(model: Any) -> Any:
     """How a model's modules are renamed from a checkpoint's names to vLLM's; None: not at all."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)

@@ -11,7 +11,7 @@ lock=requirements/cpu.txt
 stamp="$venv/.setup-stamp"
 
 fingerprint() {
-    { echo "$PWD"; cat "$lock" requirements/deepspeed.txt setup.cfg pyproject.toml scripts/common.sh scripts/setup.sh; } | sha256sum
+    { echo "$PWD"; cat "$lock" requirements/{deepspeed,torchvision}.txt setup.cfg pyproject.toml scripts/common.sh scripts/setup.sh; } | sha256sum
 }
 
 supported() {
@@ -74,6 +74,8 @@ grep -vE '^torch==' "$lock" |
     die "the project itself could not be installed"
 DS_BUILD_OPS=0 "$venv/bin/uv" pip install -q --python "$python" --no-deps --no-build-isolation \
     --target "$venv/deepspeed" -r requirements/deepspeed.txt || die "uv could not install deepspeed"
+"$venv/bin/uv" pip install -q --python "$python" --no-deps --target "$venv/torchvision" \
+    -r requirements/torchvision.txt || die "uv could not install torchvision"
 
 fingerprint > "$stamp"
 say "done in $((SECONDS - started)) s"

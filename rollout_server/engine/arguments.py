@@ -1,6 +1,7 @@
 """What vLLM's engine is started with."""
 
 import getpass
+import importlib.util
 import os
 import re
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 from rollout_server import vllm_compat as compat
 from rollout_server.config import RolloutConfig
 from rollout_server.engine.gpu_memory import GIB, Need, shared_kv_cache, utilization
+from rollout_server.engine.images import IMAGES
 from rollout_server.engine.log import first_lines
 from rollout_server.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from rollout_server.weights.wire import LOAD_FORMAT
@@ -62,6 +64,9 @@ def engine_arguments(
         # Log-probabilities of the distribution that was sampled from.
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
+        # Prompts with images are token-exact; others' media haven't been proven to be.
+        "limit_mm_per_prompt": {"image": IMAGES, "video": 0, "audio": 0},
+        "mm_processor_cache_gb": 1,  # of the trainer's host memory, and of the engine's
         # Nothing is fetched for a request: vLLM takes an empty list for every domain.
         "allowed_media_domains": ["nowhere.invalid"],
         "worker_extension_cls": WORKER_EXTENSION,
@@ -101,6 +106,12 @@ def vllm_config(arguments: Mapping[str, Any]) -> Any:
         ) from error
     except compat.request_errors() as error:  # pydantic's ValidationError is a ValueError
         text = str(error)
+        if "failed to be inspected" in text and importlib.util.find_spec("torchvision") is None:
+            raise UnsupportedModelError(
+                "vLLM's implementation of this architecture can't be imported, and torchvision, "
+                "which most that see images import, isn't installed; install the build of "
+                f"torchvision that belongs to your torch: {first_lines(text)}"
+            ) from error
         if "rchitecture" in text:
             raise UnsupportedModelError(
                 f"vLLM has no such architecture: {first_lines(text)}; serve a model whose class "

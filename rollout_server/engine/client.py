@@ -16,6 +16,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.executor import Executor
 
+from rollout_server import vllm_compat as compat
+from rollout_server.engine.images import hook_processor
+
 _COUNTING = (
     "structured_outputs",
     "presence_penalty",
@@ -42,6 +45,8 @@ class ResumableAsyncLLM(AsyncLLM):
         processor: Any = self.output_processor
         processor.propagate_error = self._on_error
         self._keep_requests()
+        hook_processor(self.renderer)
+        compat.keep_media(self.renderer)
 
     @property
     def core_dead(self) -> bool:

@@ -6,7 +6,7 @@ Every coroutine here runs on the server's loop, where the client was made.
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from rollout_server import vllm_compat as compat
 from rollout_server.concurrency.loop import SpawnerThread
 from rollout_server.engine import log
 from rollout_server.engine.arguments import vllm_config
+from rollout_server.engine.images import image_prompt
 from rollout_server.engine.processes import EngineProcesses, kill, kill_trees
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.engine.spawn import engine_children, engine_environment
@@ -221,16 +222,22 @@ class Engine:
             )
 
     async def generate(
-        self, prompt: list[int], fields: Mapping[str, Any], request_id: str
+        self,
+        prompt: list[int],
+        fields: Mapping[str, Any],
+        request_id: str,
+        images: Sequence[Any] = (),
     ) -> list[Any]:
-        """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample."""
         if not self.client.resume_requests:
             self.require_alive()
         params = sampling_params(fields)
         set_outputs(params, "final")
+        given = token_prompt(prompt)
+        if images:
+            given = await image_prompt(self.client.renderer, prompt, images)
         try:
             outputs = []
-            async for step in self.client.generate(token_prompt(prompt), params, request_id):
+            async for step in self.client.generate(given, params, request_id):
                 outputs = step.outputs
         except Exception:
             self.require_alive()

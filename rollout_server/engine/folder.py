@@ -30,6 +30,12 @@ def write_model_folder(path: str, model: Any, tokenizer: Any, dtype: str, untied
             f"the tokenizer is a {type(tokenizer).__name__}; give a transformers tokenizer or "
             "processor (for a trainer: its processing_class)"
         )
+    if hasattr(config, "vision_config") and not hasattr(tokenizer, "image_processor"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} sees images, and a {type(tokenizer).__name__} can't prepare "
+            "them, which vLLM asks for; give the model's processor (for a trainer: as its "
+            "processing_class)"
+        )
     tokenizer.save_pretrained(path)
     fields = config.to_dict()
     # Absent in a model that was built in memory; vLLM picks its class by it.

@@ -9,7 +9,7 @@ socket.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -114,12 +114,16 @@ class GroupEngine:
             self._engine.require_alive()
 
     async def generate(
-        self, prompt: list[int], fields: Mapping[str, Any], request_id: str
+        self,
+        prompt: list[int],
+        fields: Mapping[str, Any],
+        request_id: str,
+        images: Sequence[Any] = (),
     ) -> list[Any]:
         if self._engine is not None:
-            return await self._engine.generate(prompt, fields, request_id)
+            return await self._engine.generate(prompt, fields, request_id, images)
         request_id = f"rank{self._group.rank}-{request_id}"
-        return await relayed(self._address, (prompt, dict(fields), request_id))
+        return await relayed(self._address, (prompt, dict(fields), request_id, list(images)))
 
     async def drain(self) -> None:
         await self._do("letting running requests finish", lambda engine: engine.drain())

@@ -4,7 +4,7 @@ There are two: `Engine`, a rank's own, and `GroupEngine`, one for several ranks.
 holds both to this protocol, and tests/test_engines.py compares their signatures with it.
 """
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from rollout_server.weights.wire import Compared, EngineDescription, WorkerDescription, Written
@@ -67,10 +67,14 @@ class EngineProtocol(Protocol):
     # -- generation ---------------------------------------------------------------------------
 
     async def generate(
-        self, prompt: list[int], fields: Mapping[str, Any], request_id: str
+        self,
+        prompt: list[int],
+        fields: Mapping[str, Any],
+        request_id: str,
+        images: Sequence[Any] = (),
     ) -> list[Any]:
-        """Generate from the token ids `prompt`; vLLM's `CompletionOutput`s, one per sample. Each
-        rank's own call."""
+        """Generate from the token ids `prompt`, in which `images` stand with all their tokens;
+        vLLM's `CompletionOutput`s, one per sample. Each rank's own call."""
 
     async def drain(self) -> None:
         """Return when no request runs. Nothing new must be let in meanwhile."""

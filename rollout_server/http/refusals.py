@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rollout_server.http.images import Images
 from rollout_server.http.responses import BadRequest, shown
 
 SAMPLES = 1024  # answers to one request: prompts times n
@@ -74,8 +75,8 @@ _OF_TOKENIZER = frozenset(
     )
 )
 _MEDIA = ("image_url", "audio_url", "video_url", "file_url", "file", "image", "audio", "video")
-_TENSORS = ("image_embeds", "audio_embeds", "video_embeds")
-_TELLING = frozenset((*_MEDIA, *_TENSORS, "source"))
+_TENSORS = ("image_embeds", "audio_embeds", "video_embeds", "image_pil")
+_TELLING = frozenset((*_MEDIA, *_TENSORS, "source", "uuid"))
 _COUNTS = re.compile(r"(min|max)(Length|Items|Properties|Contains)")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _HEADERS = {b"x-data-parallel-rank": _INSIDE, b"content-encoding": "send the body as it is"}
@@ -122,43 +123,54 @@ def _require_sane_template(given: Any) -> None:
 
 def _require_no_media(request: Mapping[str, Any]) -> None:
     """Media come in the request or not at all: nothing is fetched, and no tensor unpickled."""
+    images = Images()
     for name in ("messages", "input", "system"):
-        _require_own_parts(name, request.get(name))
+        _require_own_parts(name, request.get(name), images)
     for at, tool in enumerate(_list(request.get("tools"))):
         if isinstance(tool, dict) and tool.get("type") == "mcp":
             raise BadRequest(f"tools[{at}].type is 'mcp'; this server calls nobody: give functions")
 
 
-def _require_own_parts(where: str, parts: Any) -> None:
+def _require_own_parts(where: str, parts: Any, images: Images) -> None:
     for at, part in enumerate(_list(parts)):
         if not isinstance(part, dict):
             continue
         told = _TELLING.intersection(part)  # answers that clients send back have many nulls
         if part.get("type") in _TENSORS or any(part[name] is not None for name in told):
-            _require_own_part(f"{where}[{at}]", part)
+            _require_own_part(f"{where}[{at}]", part, images)
         for inner in ("content", "output"):
             if isinstance(part.get(inner), list):
-                _require_own_parts(f"{where}[{at}].{inner}", part[inner])
+                _require_own_parts(f"{where}[{at}].{inner}", part[inner], images)
 
 
-def _require_own_part(name: str, part: Mapping[str, Any]) -> None:
+def _require_own_part(name: str, part: Mapping[str, Any], images: Images) -> None:
     for kind in _TENSORS:
         if part.get(kind) is not None or part.get("type") == kind:
             raise BadRequest(f"{name}.{kind}: tensors aren't taken; give the data itself")
+    if part.get("uuid") is not None:
+        raise BadRequest(
+            f"{name}.uuid is {shown(part['uuid'])}; media are told apart by what they hold: leave "
+            "it out"
+        )
     for kind in _MEDIA:
-        _require_own(f"{name}.{kind}", part.get(kind))
+        _require_own(f"{name}.{kind}", part.get(kind), images if "image" in kind else None)
     source = part.get("source")
     if isinstance(source, dict) and source.get("type") in ("url", "file"):
         raise BadRequest(f"{name}.source.type is {source['type']!r}; give base64 data")
+    encoded = source.get("data") if isinstance(source, dict) else None
+    if isinstance(encoded, str) and part.get("type") != "document":
+        images.add(f"{name}.source.data", encoded)
 
 
-def _require_own(name: str, medium: Any) -> None:
+def _require_own(name: str, medium: Any, images: Images | None) -> None:
     """A string, or an object with a url: no other address than the data themselves."""
     if isinstance(medium, dict):
         for inner in ("url", "file_url", "path"):
-            _require_own(f"{name}.{inner}", medium.get(inner))
+            _require_own(f"{name}.{inner}", medium.get(inner), images)
     elif isinstance(medium, str) and medium.lstrip()[:5].lower() != "data:":
         raise BadRequest(f"{name} is {shown(medium)}; nothing is fetched: give a data: URL")
+    elif isinstance(medium, str) and images is not None:
+        images.add_url(name, medium)
 
 
 # -- sizes ------------------------------------------------------------------------------------

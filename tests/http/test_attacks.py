@@ -9,6 +9,7 @@ import time
 import pytest
 from attacks import HARMLESS, MEDIA, REFUSED, chat, completion, schema, with_part
 from hostile import Listening, post, refused
+from vision import data_url, picture
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +51,9 @@ def test_nothing_is_fetched(answering, kind):
 
 
 def test_data_for_a_model_that_takes_none_does_no_harm(answering):
+    image = data_url(picture(1))
     for kind in ("image_url", "audio_url", "video_url"):
-        part = with_part(**{kind: {"url": "data:image/png;base64,AAAA"}})
+        part = with_part(**{kind: {"url": image}})
         refused(post(answering, *chat(messages=part)), "not a multimodal model")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rollout_server import vllm_compat as compat
+from rollout_server.engine.images import KnownIds
 from rollout_server.engine.sampling import neutral, scoring_params, token_prompt
 from rollout_server.http.responses import BadRequest
 from rollout_server.http.tokens.history import History
@@ -31,6 +32,11 @@ _WRONG_VALUE = (
     RecursionError,
     AssertionError,
     NotImplementedError,
+)
+_CHANGED = (
+    "vLLM cuts the prompt, or changes its tokens where it puts images in their places, so it "
+    "doesn't begin with those of earlier turns; leave truncate_prompt_tokens out, or send the "
+    "conversation without a session and without token ids"
 )
 current: ContextVar["Call | None"] = ContextVar("rollout_call", default=None)
 
@@ -126,8 +132,9 @@ class Call:
 
     earlier: those messages, as vLLM left them; messages, template: what was rendered, of the whole
     request, and with what besides (a key); edited: the tokens to go on from came from the client,
-    which may have edited the messages; opening: token ids with which the template opens the answer,
-    where a parser looks for reasoning in them; parser: that parser, vLLM's.
+    which may have edited the messages; known_ids: the prompt's with those of an earlier turn, where
+    it holds images; opening: token ids with which the template opens the answer, where a parser
+    looks for reasoning in them; parser: that parser, vLLM's.
     generations: what the engine was given and sampled; unshown: log-probabilities are recorded, and
     not in the answer; died: why the engine that had it won't answer.
     """
@@ -147,6 +154,7 @@ class Call:
     messages: list[Message] = field(default_factory=list)
     template: Any = None
     edited: bool = False
+    known_ids: KnownIds | None = None
     opening: list[int] | None = None
     parser: Any = None
     generations: list[Generation] = field(default_factory=list)
@@ -191,6 +199,8 @@ class Call:
         any, for then an answer hasn't begun, which an error couldn't take back."""
         if self.must_see and not self._seen:
             raise BadRequest(start.unseen())
+        if self.known_ids is not None and not self.known_ids.kept_in(prompt["prompt_token_ids"]):
+            raise BadRequest(_CHANGED)
         if self.with_logprobs and params.logprobs is None:
             params.logprobs = 0
             self.unshown = params.prompt_logprobs is None

@@ -193,6 +193,15 @@ class _Frame:
         return None if at < 0 else tail[at:]
 
 
+def is_image(part: Any) -> bool:
+    """Whether a part of a message's content is an image, by its type or, without one, its names;
+    vLLM ignores a text in it."""
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type")
+    return "image" in kind if isinstance(kind, str) else any("image" in name for name in part)
+
+
 def text_of(content: Any) -> str:
     """A message's content as one string; parts that aren't text are named by their JSON."""
     if content is None:
@@ -203,7 +212,7 @@ def text_of(content: Any) -> str:
         part
         if isinstance(part, str)
         else part["text"]
-        if isinstance(part.get("text"), str)
+        if isinstance(part.get("text"), str) and not is_image(part)
         else json.dumps(part, sort_keys=True, default=str)
         for part in content
     )

@@ -15,6 +15,8 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.engine.logprobs import keep_sampled_alone
+from rollout_server.http.responses import BadRequest
+from rollout_server.http.tokens import media
 from rollout_server.http.tokens.calls import GenerationRequest, current
 from rollout_server.http.tokens.reasoning import Openings, hook_parsers
 from rollout_server.http.tokens.splice import Message, Splicer
@@ -22,7 +24,9 @@ from rollout_server.http.tokens.texts import Texts
 
 log = logging.getLogger("rollout_server")
 _GOES_ON = "continue_final_message"
-_NOT_TAKEN_APART = (
+_NOT_TAKEN_APART = "the chat template can't be taken apart"
+_EDITED = "the tokens aren't of an answer to these messages that this server knows"
+_AFRESH = (
     "a turn was rendered afresh, so its prompt doesn't hold the tokens that were sampled before, "
     "and it is a branch of its own. This is said once"
 )
@@ -108,13 +112,19 @@ def _hook_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> 
             if known is None or goes_on:
                 return await rendering.whole(messages)
             text = rendering.text
-            if not call.edited or await splicer.is_continuation(messages, known, text, template):
-                ids = await splicer.splice(messages, known, text, template)
-                if ids is not None:
-                    return rendering.conversation, {"prompt_token_ids": ids}
-                if not warned:
-                    warned = True
-                    log.warning("the chat template can't be taken apart: %s", _NOT_TAKEN_APART)
+            ids, edited = None, call.edited
+            if not edited or await splicer.is_continuation(messages, known, text, template):
+                ids, edited = await splicer.splice(messages, known, text, template), False
+            if ids is not None:
+                if rendering.media:
+                    ids = call.known_ids = media.known_ids(messages, known, ids, rendering.media)
+                return rendering.conversation, {"prompt_token_ids": ids, **rendering.media}
+            why = _EDITED if edited else _NOT_TAKEN_APART
+            if kinds := ", ".join(media.kinds(rendering.media)):
+                raise BadRequest(media.NOT_EXACT.format(kinds=kinds, why=why))
+            if not edited and not warned:
+                warned = True
+                log.warning("%s: %s", why, _AFRESH)
             return await rendering.whole(messages)
         finally:
             _rendered.reset(token)
@@ -125,7 +135,7 @@ def _hook_render(renderer: Any, splicer: Splicer, openings: Openings | None) -> 
 class _Rendering:
     """One conversation's, by vLLM's `render`.
 
-    conversation: what it made of the messages that were rendered last; messages: those.
+    conversation, media: what it made of the messages that were rendered last; messages: those.
     """
 
     def __init__(self, render: Any, params: Any, copies: bool):
@@ -134,6 +144,7 @@ class _Rendering:
         self._params = params
         self._copies = copies
         self.conversation: Any = None
+        self.media: dict[str, Any] = {}
         self.messages: Sequence[Message] = ()
 
     async def whole(self, messages: Sequence[Message]) -> Any:
@@ -142,7 +153,8 @@ class _Rendering:
         return await self._render(self.messages, self._params)
 
     async def text(self, messages: Sequence[Message], generation: bool) -> str | None:
-        """The text alone, with or without the start of the next answer; None: it can't be."""
+        """The text alone, with or without the start of the next answer, a mark in the place of
+        each image; None: it can't be."""
         chosen = self._params.chat_template_kwargs | {"tokenize": False, _GOES_ON: False}
         if not generation:
             chosen["add_generation_prompt"] = False
@@ -152,7 +164,8 @@ class _Rendering:
             self.conversation, prompt = await self._render(self.messages, params)
         except compat.request_errors():
             return None
-        return prompt.get("prompt") if "multi_modal_data" not in prompt else None
+        self.media = media.of_prompt(prompt)
+        return prompt.get("prompt") if media.kinds(self.media) in ([], ["image"]) else None
 
 
 # What the current request has rendered.
