@@ -67,14 +67,18 @@ def private_memory():
 
 
 def apart(model, policy):
-    """Names of vLLM's parameters that aren't in the policy's memory: what is written there isn't
-    seen here. Addresses differ, since the memory is mapped twice."""
-    wrong = []
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            before = [p.sum().item() for p in policy.parameters()]
-            parameter.add_(1)
-            if [p.sum().item() for p in policy.parameters()] == before:
-                wrong.append(name)
-            parameter.sub_(1)
-    return wrong
+    """Names of vLLM's parameters that aren't in files that the policy's are in too. Addresses
+    differ, since each is mapped twice."""
+    mapped = []
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        for line in file:
+            addresses, _, _, _, inode, *_ = line.split()
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            mapped.append((start, end, int(inode)))
+
+    def inode(tensor):
+        at = tensor.untyped_storage().data_ptr()
+        return next((number for start, end, number in mapped if start <= at < end), 0)
+
+    theirs = {inode(parameter) for parameter in policy.parameters()} - {0}
+    return [name for name, p in model.named_parameters() if inode(p) not in theirs]
