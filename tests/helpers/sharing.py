@@ -4,8 +4,6 @@ import contextlib
 import tempfile
 from types import SimpleNamespace
 
-import torch
-
 from rollout_server import RolloutConfig
 from rollout_server.engine.arguments import engine_arguments, engine_variables, vllm_config
 from rollout_server.engine.folder import write_model_folder
