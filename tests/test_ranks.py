@@ -19,8 +19,7 @@ from rollout_server.ranks import Ranks
 
 SCRIPTS = Path(__file__).parent / "ranks"
 ROOT = Path(__file__).parents[1]
-# What scripts import of the helpers, and DeepSpeed.
-PATH = os.pathsep.join(map(str, (Path(sys.prefix) / "deepspeed", ROOT / "tests" / "helpers")))
+HELPERS = str(ROOT / "tests" / "helpers")
 MIB = 1 << 20
 
 
@@ -30,7 +29,7 @@ def start(script, *args, told):
         "TOLD": str(told),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": PATH,
+        "PYTHONPATH": os.pathsep.join((str(Path(sys.prefix) / "deepspeed"), HELPERS)),
     }
     return subprocess.Popen(
         [
@@ -186,7 +185,7 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
 def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tmp_path, port):
     # Not by torchrun, which ends the others itself.
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launched |= {"TOLD": str(tmp_path), "PYTHONPATH": PATH}
+    launched |= {"TOLD": str(tmp_path), "PYTHONPATH": HELPERS}
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB)],
