@@ -4,6 +4,7 @@ The same model, data, seed, reward and settings, one after the other, each in a 
 since TRL's vLLM lives in the trainer's.
 """
 
+import importlib
 import statistics
 import tempfile
 import time
@@ -17,6 +18,7 @@ from rollout_server.bench.gpu.scale import MIB, Scale
 
 _WARM = 2  # steps that don't count: the first of each compiles, loads, allocates
 _LONG = 300.0  # seconds for one way
+_SHARE = 0.3  # of the GPU, for either engine
 _RATIO = "sampling/importance_sampling_ratio/mean"
 _THEIRS = "TRL's own colocated vLLM with sleep"
 
@@ -26,7 +28,6 @@ def measure(scale: Scale, found: Findings) -> None:
     with tempfile.TemporaryDirectory(prefix="rollout_server-bench-") as folder:
         told = {"ours": _way(folder, scale.tiny, "attached")}
         if scale.on_gpu:
-            _saved(scale, folder)  # TRL's reads a checkpoint
             with found.step(f"{_THEIRS} trains"):
                 told["theirs"] = _way(folder, scale.tiny, "colocate")
         else:
@@ -51,16 +52,6 @@ def _way(folder: str, tiny: bool, way: str) -> dict[str, Any]:
     return told
 
 
-def _policy(scale: Scale) -> Any:
-    return scale.policy("1b")
-
-
-def _saved(scale: Scale, folder: str) -> None:
-    policy = _policy(scale)
-    policy.save_pretrained(folder)
-    models.tokenizer(policy.config.vocab_size).save_pretrained(folder)
-
-
 def letters(completions: list[str], **_: Any) -> list[float]:
     """The reward: how many different characters a completion has."""
     return [float(len(set(text))) for text in completions]
@@ -77,10 +68,12 @@ class Training:
         policy's weights have moved at most. The way is "attached" or "colocate"."""
         folder, way = work
         scale = self._scale
-        policy = _policy(scale)
-        policy.name_or_path = folder  # where TRL has its vLLM look for it
-        policy.config._name_or_path = folder
+        policy = scale.policy("1b")
         before = [p.detach().clone() for p in policy.parameters()]
+        if way == "colocate":  # TRL has its vLLM read a checkpoint
+            policy.save_pretrained(folder)
+            models.tokenizer(policy.config.vocab_size).save_pretrained(folder)
+            policy.name_or_path = policy.config._name_or_path = folder
         trainer = _trainer(scale, policy, folder, way == "colocate")
         ends = _Ends()
         trainer.add_callback(ends.callback())
@@ -109,13 +102,10 @@ class Training:
         }
 
 
-_SHARE = 0.3  # of the GPU, for either engine
-
-
 def _trainer(scale: Scale, policy: Any, folder: str, colocate: bool) -> Any:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
+    trl: Any = importlib.import_module("trl")  # it exports lazily
     batch = scale.of(32, 4)
     settings: dict[str, Any] = {
         "output_dir": str(Path(folder) / "out"),
@@ -141,9 +131,9 @@ def _trainer(scale: Scale, policy: Any, folder: str, colocate: bool) -> Any:
             "vllm_gpu_memory_utilization": _SHARE,
             "vllm_max_model_length": 512,
         }
-    return GRPOTrainer(
+    return trl.GRPOTrainer(
         model=policy,
-        args=GRPOConfig(**settings),
+        args=trl.GRPOConfig(**settings),
         train_dataset=Dataset.from_list([{"prompt": f"Say {i}"} for i in range(64)]),
         reward_funcs=letters,
         processing_class=models.tokenizer(policy.config.vocab_size),
@@ -161,7 +151,7 @@ class _Ends:
 
         at = self._at
 
-        class Noting(TrainerCallback):  # type: ignore[misc]
+        class Noting(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 at.append(time.perf_counter())
 

@@ -29,7 +29,7 @@ def experts(scale: Scale, found: Findings) -> None:
     """Whose experts are one tensor in the trainer, and one, laid out otherwise, in the engine."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
+    fields: dict[str, Any] = dict(
         vocab_size=scale.of(32000, 512),
         hidden_size=scale.of(1024, 128),
         intermediate_size=scale.of(2048, 192),
@@ -45,6 +45,7 @@ def experts(scale: Scale, found: Findings) -> None:
         bos_token_id=None,
         eos_token_id=0,
     )
+    config = Qwen3MoeConfig(**fields)
     policy = models.built(Qwen3MoeForCausalLM, config, scale.dtype, scale.device)
     with scale.attach(policy, **quick()) as server:
         _follows(found, server, policy, Trainer(policy), "plan")
@@ -87,8 +88,7 @@ def fsdp(scale: Scale, found: Findings) -> None:
 @contextmanager
 def _alone(scale: Scale) -> Iterator[None]:
     """A process group of this process."""
-    import torch.distributed as dist
-
+    dist: Any = torch.distributed  # its stores have no types
     backend = "nccl" if scale.on_gpu else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

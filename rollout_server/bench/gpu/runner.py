@@ -102,8 +102,12 @@ def run_parts(
         told(part.name, found)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(one, part) for part in parts]:
-            done.result()
+        try:
+            for done in [pool.submit(one, part) for part in parts]:
+                done.result()
+        except BaseException:  # Ctrl-C, which the part's process has got too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_part(part: Part, scale: str, folder: Path, seconds: float) -> Findings:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.sampling import token_prompt
 from rollout_server.engine.spawn import engine_children
 
 
@@ -43,7 +44,7 @@ class Stock:
         """Seconds for all prompts at once."""
         prompts, tokens = work
         params = self._params(temperature=1.0, max_tokens=tokens, ignore_eos=True, logprobs=0)
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        asked = [token_prompt(ids) for ids in prompts]
         started = time.perf_counter()
         done = self._llm.generate(asked, params, use_tqdm=False)
         taken = time.perf_counter() - started
