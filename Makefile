@@ -59,5 +59,5 @@ lock: setup ## resolve requirements/cpu.in anew
 	scripts/lock.sh
 
 clean: ## remove .venv, runs and caches
-	rm -rf .venv .venv-docs site runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
+	rm -rf .venv .venv-docs .venv-gpu site runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

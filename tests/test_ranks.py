@@ -168,7 +168,7 @@ def test_grpo_under_fsdp2(tiny_folder, tmp_path, together):
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "TOLD": str(said),
-            "PYTHONPATH": PATH,
+            "PYTHONPATH": HELPERS,
         },
     )
     assert run.returncode == 0, run.stderr[-4000:]

@@ -3,6 +3,7 @@
 import argparse
 
 from rollout_server.bench import refit
+from rollout_server.bench.gpu import command as gpu
 
 
 def main() -> None:
@@ -11,6 +12,9 @@ def main() -> None:
     one = names.add_parser("refit", help="ways to bring the policy's weights into the engine")
     refit.add_options(one)
     one.set_defaults(run=refit.main)
+    one = names.add_parser("gpu", help="every claim on one GPU: speed, memory, what must hold")
+    gpu.add_options(one)
+    one.set_defaults(run=gpu.main)
     given = parser.parse_args()
     given.run(given)
 

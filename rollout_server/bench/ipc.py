@@ -14,7 +14,10 @@ import torch
 
 from rollout_server.engine.spawn import set_variables
 
-ENGINE_ARGS = {"weight_transfer_config": {"backend": "ipc"}}
+ENGINE_ARGS = {
+    "weight_transfer_config": {"backend": "ipc"},
+    "worker_extension_cls": "rollout_server.bench.receiver.Receiver",
+}
 
 
 def accepting_pickles() -> contextlib.AbstractContextManager[None]:

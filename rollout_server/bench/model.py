@@ -1,12 +1,14 @@
 """What is benchmarked: a model from a folder, or one of Llama's shape with random weights."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 # Sizes in the order of FIELDS; whether the embeddings are tied.
 SHAPES = {
+    "tiny": (2, 128, 256, 4, 2, 512, False),
     "smollm2": (30, 576, 1536, 9, 3, 49152, True),
     "1b": (16, 2048, 8192, 32, 8, 128256, True),
     "7b": (32, 4096, 14336, 32, 8, 32000, False),
@@ -34,9 +36,9 @@ def load(given: Any, device: str) -> tuple[str, Any, Any]:
     own = {name: value for name in FIELDS if (value := getattr(given, name)) is not None}
     model: Any
     if not given.model:
-        model = _random_llama(given.preset, own, dtype, device)
+        model = random_llama(given.preset, own, dtype, device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        return f"llama-{millions:.0f}m" if own else given.preset, model, _tokenizer()
+        return f"llama-{millions:.0f}m" if own else given.preset, model, tokenizer()
     if own:
         raise SystemExit(f"--model and --{next(iter(own))} exclude each other")
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
@@ -44,12 +46,16 @@ def load(given: Any, device: str) -> tuple[str, Any, Any]:
     return name, model.to(device), AutoTokenizer.from_pretrained(given.model)
 
 
-def _random_llama(preset: str, own: dict[str, int], dtype: torch.dtype, device: str) -> Any:
+def random_llama(
+    preset: str, own: dict[str, int], dtype: torch.dtype, device: str, spread: float = 0.02
+) -> Any:
+    """A model of `preset`'s sizes, or of those in `own`; spread: standard deviation of weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     *sizes, tied = SHAPES[preset]
     shape = dict(zip(FIELDS, sizes, strict=True)) | own
     config = LlamaConfig(
+        initializer_range=spread,
         num_hidden_layers=shape["layers"],
         hidden_size=shape["hidden"],
         intermediate_size=shape["intermediate"],
@@ -61,23 +67,32 @@ def _random_llama(preset: str, own: dict[str, int], dtype: torch.dtype, device: 
         bos_token_id=0,
         eos_token_id=0,
     )
+    return built(LlamaForCausalLM, config, dtype, device)
+
+
+def built(kind: Callable[[Any], Any], config: Any, dtype: torch.dtype, device: str) -> Any:
+    """`kind(config)`, random and always the same, made where it is to be."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config)
+            return kind(config)
     finally:
         torch.set_default_dtype(before)
 
 
-def _tokenizer() -> Any:
-    """One token a byte: enough to start an engine with."""
+def tokenizer(vocabulary: int = 0) -> Any:
+    """One token a byte: enough to start an engine with. Filled up to the size `vocabulary` with
+    tokens of one letter and a number, which no text is split into, so that all ids have a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters += [f"t{number}" for number in range(len(letters), vocabulary)]
     plain = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", bos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>"
+    )

@@ -5,7 +5,8 @@ planned: `sync_weights` of an engine that is awake, from the call to its return.
 wake: the same of an engine that sleeps; its memory has to be brought back too.
 layerwise: the same through vLLM's layerwise reload, of tensors that are in shared memory too.
 per-parameter: vLLM's loader, a call to the engine for each tensor, as TRL's server mode does it;
-    without pausing the engine, and nothing is sent but the name.
+    without pausing the engine, and nothing is sent but the name. What the loader leaves out is
+    looked for, which costs two more passes over the weights.
 ipc: vLLM's own weight transfer between processes on one GPU; without pausing the engine.
 share: `sync_weights` where engine and policy have one memory.
 
@@ -222,8 +223,9 @@ def _per_parameter(server: RolloutServer, policy: Any) -> Callable[[], float]:
 
         async def load(engine: Any) -> float:
             started = time.perf_counter()
-            for message in messages:
-                await engine.reload_weights(message, True, True, False)
+            for number, message in enumerate(messages, 1):
+                first, last = number == 1, number == len(messages)
+                await engine.reload_weights(message, first, last, False)
             return time.perf_counter() - started
 
         with _resting(server) as at_rest:

@@ -22,14 +22,15 @@ class Sample(NamedTuple):
 
 def machine(device: str) -> dict[str, Any]:
     """What ran it."""
-    told: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "processor": _processor()}
+    told: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "processor": processor()}
     if device != "cpu":
         told["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return told | {"threads": torch.get_num_threads()} | versions | {"vllm": require_vllm()}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the system calls it."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
         names = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
     return names[0] if names else platform.machine()
@@ -67,17 +68,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += ["", ", ".join(f"{k} {v}" for k, v in result["machine"].items()), ""]
     heads: tuple[str, ...] = ("way", "minimum s", "median s", "maximum s", "rounds", "GB/s")
     heads += ("/ memcpy: medians", "minima", "median of rounds")
-    lines += _row(*heads) + _rule(len(heads))
+    lines += table_row(*heads) + table_rule(len(heads))
     for way, told in result["ways"].items():
         times = [f"{told[n]:.5f}" for n in ("minimum", "median", "maximum")]
         ratios = [f"{told[n]:.3f}" for n in ("medians_ratio", "minima_ratio", "rounds_ratio")]
         rate = f"{told['gigabytes_per_second']:.2f}"
-        lines += _row(way, *times, told["rounds"], rate, *ratios)
+        lines += table_row(way, *times, told["rounds"], rate, *ratios)
     columns = list(dict.fromkeys(name for row in result["memory"].values() for name in row))
     lines += ["", "Memory in MiB; trainer and engine: proportional set size on the host", ""]
-    lines += _row("", *columns) + _rule(1 + len(columns))
+    lines += table_row("", *columns) + table_rule(1 + len(columns))
     for what, row in result["memory"].items():
-        lines += _row(what, *(f"{row[n] / 2**20:.0f}" if n in row else "" for n in columns))
+        lines += table_row(what, *(f"{row[n] / 2**20:.0f}" if n in row else "" for n in columns))
     for way, why in result["errors"].items():
         lines += ["", f"{way} failed: {why}"]
     return "\n".join(lines) + "\n"
@@ -94,9 +95,11 @@ def write(result: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _row(*cells: Any) -> list[str]:
+def table_row(*cells: Any) -> list[str]:
+    """Of a table in Markdown."""
     return ["| " + " | ".join(map(str, cells)) + " |"]
 
 
-def _rule(count: int) -> list[str]:
+def table_rule(count: int) -> list[str]:
+    """What stands under its head of `count` cells."""
     return ["|" + " --- |" * count]

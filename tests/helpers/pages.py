@@ -39,6 +39,10 @@ RUN_BY = {
         "benchmarks/test_refit.py",
         '"-m", "rollout_server.bench", "refit"',
     ),
+    "python -m rollout_server.bench gpu": (
+        "bench/test_gpu.py",
+        '"-m", "rollout_server.bench", "gpu"',
+    ),
     "python recipes/agent.py": ("recipes/test_agent_recipe.py", "str(RECIPE)"),
     "python recipes/nemo_gym/run.py": (
         "integrations/test_nemo_gym.py",
@@ -48,7 +52,7 @@ RUN_BY = {
     "curl": ("test_docs.py", "def test_the_metrics_command"),
 }
 # No test runs these, but looks up what they name: what installs, and targets (`make test` runs it).
-NOT_RUN = ("make", "pip install", "recipes/nemo_gym/setup.sh")
+NOT_RUN = ("make", "pip install", "recipes/nemo_gym/setup.sh", "scripts/gpu.sh")
 FILES = (".py", ".sh", ".md", ".yaml", ".cfg", ".txt", ".in", ".ipynb")
 
 
@@ -197,7 +201,7 @@ def require_command(words):
         assert spec is not None, f"there is no module {words[2]}"
         if words[2].startswith("rollout_server."):
             folder = Path(spec.submodule_search_locations[0])
-            source = "".join(path.read_text() for path in folder.glob("*.py"))
+            source = "".join(path.read_text() for path in folder.rglob("*.py"))
     elif words[0] == "make":
         require_target(words[1])
     elif words[:2] == ["pip", "install"]:

@@ -7,6 +7,10 @@ import time
 import inside
 import torch
 
+# Tests and benchmarks ask in the same way.
+from rollout_server.bench.gpu.scale import greedy as greedy
+from rollout_server.bench.gpu.scale import trainer_logprobs as trainer_logprobs
+
 MIB = 1 << 20
 PREFIX = "rollout_server_"  # of the names of our metrics
 
@@ -48,14 +52,6 @@ def running(server, but=()):
 def under_way(server, but=()):
     """Of those `running`, the ones that have a token."""
     return [state for state in running(server, but) if state.stats.num_generation_tokens]
-
-
-def greedy(server, prompt_ids, tokens=12):
-    """Greedy completion of token ids, its log-probabilities included."""
-    (completion,) = server.generate(
-        prompt_ids, {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-    )
-    return completion
 
 
 def every_call(server):
@@ -106,14 +102,6 @@ def trl_settings(folder, **options):
         )
         | options
     )
-
-
-def trainer_logprobs(model, prompt_ids, ids):
-    """The model's own log-softmax at each position of `ids` after `prompt_ids`: (T, vocabulary)."""
-    with torch.no_grad():
-        tokens = torch.tensor([list(prompt_ids) + list(ids)], device=model.device)
-        logits = model(tokens).logits[0].float()
-    return logits.log_softmax(-1)[len(prompt_ids) - 1 : -1]
 
 
 def large_step(model, prompt_ids, seed):
