@@ -147,6 +147,8 @@ def plan(demand: Demand) -> Plan:
     most = demand.total - max(sum(getattr(row, name) for row in rows) for name in phases)
     if demand.utilization is not None:
         own = sum(row.rollout for row in rows if row.name.startswith("engine"))
+        if demand.colocate == "share":  # weights included, whosever they are
+            own += demand.engine_weights
         most = min(most, int(demand.utilization * demand.total) - own)
     least = demand.kv_cache.request_bytes(demand.longest)
     kv_bytes = demand.kv_bytes

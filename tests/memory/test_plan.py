@@ -163,6 +163,7 @@ def test_the_kv_caches_size():
     by_share = made(utilization=0.3)
     own = sum(row.rollout for row in by_share.rows if row.name.startswith("engine"))
     assert own == pytest.approx(24 * GIB, abs=2)
+    assert made(utilization=0.3, colocate="share").kv_bytes == by_share.kv_bytes
     assert made(at_most=3).kv_bytes == 3 * CACHE.request_bytes(2048), "more can't be used"
     tight = made(total=DEMAND.total - made().most + made().least + GIB // 4)
     assert tight.fits and tight.kv_bytes >= tight.least
