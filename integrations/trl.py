@@ -49,6 +49,8 @@ def attach(trainer: Any, config: RolloutConfig, rollout: Agent | None = None) ->
         sampling=sampling_of(trainer),
         seed=args.seed + trainer.accelerator.process_index,
         optimizer=lambda: trainer.optimizer,  # made when training begins
+        optimizer_name=getattr(args.optim, "value", args.optim),
+        shards=_shards(trainer.accelerator),
     )
     server = serve(policy, config)
     _bind(trainer, server, config, rollout)
@@ -59,6 +61,13 @@ def session_reward(reward: list[float | None], **_: Any) -> list[float | None]:
     """A reward function for GRPOTrainer: what each agent returned or set on its session. None,
     where a rollout failed, is left out of its group by TRL."""
     return reward
+
+
+def _shards(accelerator: Any) -> int:
+    """Over how many ranks accelerate will divide the model."""
+    zero = getattr(accelerator.state, "deepspeed_plugin", None)
+    sharded = getattr(accelerator.state, "fsdp_plugin", None) or getattr(zero, "zero_stage", 0) == 3
+    return int(accelerator.num_processes) if sharded else 1
 
 
 class _SyncAtTheEnd(TrainerCallback):

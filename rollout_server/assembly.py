@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import secrets
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from rollout_server.lifecycle.lifecycle import Lifecycle
 from rollout_server.lifecycle.state import State, StateBox
 from rollout_server.lifecycle.steps import Steps
 from rollout_server.lifecycle.watchdog import watch
+from rollout_server.memory.attached import gradient_bytes, planned, require_room
 from rollout_server.observability.events import Journal
 from rollout_server.observability.redact import remember
 from rollout_server.progress import Progress
@@ -71,6 +73,7 @@ class Assembly:
         with progress.step("importing vLLM"), quiet_front_end():
             version = compat.require_vllm()
             sampling_params(self._sampling)
+        engine_config = self._planned(source, progress)
         self._temporary = TemporaryFolder()
         self._folder = self._temporary.path
         self._exports.note_in(self._folder)
@@ -89,13 +92,14 @@ class Assembly:
             )  # fmt: skip
             beside = self._colocation.beside_start(self._folder, source)
             with progress.step(f"starting the engine (vLLM {version})"), beside:
-                start = self._start_engine(source, devices)
+                start = self._start_engine(source, devices, engine_config)
                 self._loop.call(start, limit, "starting the engine")
             with progress.step("taking the policy's weights"):
                 self._sync = WeightSync(
                     policy, config, self._loop, self._engine, self._lifecycle, self._journal,
                     source.specs, self._colocation.shared, self._ranks, self._group,
                     self._exports,
+                    self._require_room,
                 )  # fmt: skip
                 self._generation = Generation(
                     self._engine, self._loop, self._endpoint.gate, self._box, self._lifecycle,
@@ -123,11 +127,30 @@ class Assembly:
             raise
         progress.say(f"serving {config.served_model_name!r} at {self._base_url}")
 
-    async def _start_engine(self, source: Source, devices: list[str | None]) -> None:
+    def _planned(self, source: Source, progress: Progress) -> RolloutConfig:
+        """The options with which the engine starts: its KV cache has the size that fits on each of
+        its devices."""
+        config = planned(self._policy, self._config, source, progress)
+        sizes = self._group.gather(
+            "attach(): KV cache", config.kv_cache_memory_bytes, config.start_timeout, int | None
+        )
+        least = min((size for size in sizes if size is not None), default=None)
+        return dataclasses.replace(config, kv_cache_memory_bytes=least)
+
+    def _require_room(self) -> None:
+        """Before an engine that sleeps is woken."""
+        worker, asleep = self._engine.worker, self._box.state is State.ASLEEP
+        if asleep and not self._engine.dead:  # another one is started in its place
+            held = gradient_bytes(self._policy.model())
+            require_room(worker.weight_bytes + worker.kv_cache_bytes, self._policy.gpu, held)
+
+    async def _start_engine(
+        self, source: Source, devices: list[str | None], engine_config: RolloutConfig
+    ) -> None:
         config = self._config
         self._started = await start_engine(
-            self._policy, config, source, self._temporary, self._names, self._sampling, devices,
-            self._pids, self._group, self._exports.engine_ended,
+            self._policy, engine_config, source, self._temporary, self._names, self._sampling,
+            devices, self._pids, self._group, self._exports.engine_ended,
         )  # fmt: skip
         beside_start = functools.partial(self._colocation.beside_start, self._folder)
         steps = Steps(

@@ -39,9 +39,10 @@ class RolloutConfig:
         max_model_len: context length in tokens (prompt and completion). None takes the model's
             own, shortened to what the KV cache holds.
         kv_cache_memory_bytes: size of the KV cache. None is a quarter of the free memory, at
-            most 1 GiB, on a CPU, and what `gpu_memory_utilization` leaves on a GPU.
+            most 1 GiB, on a CPU, and on a GPU nine tenths (resident: half) of what is left beside
+            trainer and engine, by the plan that `attach` prints.
         gpu_memory_utilization: share (0 to 1) of the GPU's whole memory that the engine may
-            use, weights included. None is half of what is free at attach().
+            use, weights included; vLLM sizes the KV cache by it. None: see `kv_cache_memory_bytes`.
         engine_args: fields of vLLM's `AsyncEngineArgs`, over everything chosen here. With
             `tensor_parallel_size` N, each N consecutive ranks of a machine have one engine.
         sampling: defaults of the sampling fields that a request leaves out, named as in vLLM's

@@ -45,7 +45,7 @@ class OptimizerOffload:
     @torch.no_grad()
     def park(self) -> None:
         """Move the state to host memory; nothing to do if it is there."""
-        optimizer = _bare(self._optimizer())
+        optimizer = bare_optimizer(self._optimizer())
         if optimizer is None or self._parked:
             return
         self._watch(optimizer)
@@ -95,12 +95,12 @@ class OptimizerOffload:
             self.restore()
 
 
-def _bare(optimizer: Any) -> Any:
+def bare_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside accelerate's wrapper."""
     while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     inner = getattr(optimizer, "optimizer", None)
-    return _bare(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return bare_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _state(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

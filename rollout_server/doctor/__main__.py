@@ -1,6 +1,7 @@
 """`python -m rollout_server.doctor [--json]`: checks this installation and says what to do.
 
-Ends with 1 if there is a problem, else with 0.
+Ends with 1 if there is a problem, else with 0. `python -m rollout_server.doctor memory` says what
+fits on a GPU.
 """
 
 import argparse
@@ -26,8 +27,13 @@ def findings(system: System) -> Iterator[tuple[str, Finding]]:
 
 
 def main(system: System | None = None) -> int:
+    if sys.argv[1:2] == ["memory"]:
+        from rollout_server.doctor import memory  # imports torch, which may be what is broken
+
+        return memory.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
-        prog="python -m rollout_server.doctor", description="Checks an installation."
+        prog="python -m rollout_server.doctor",
+        description="Checks an installation; `memory --help`: what fits on a GPU.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     given = parser.parse_args()

@@ -25,6 +25,7 @@ from rollout_server.errors import (
     UnsupportedModelError,
     WeightSyncError,
 )
+from rollout_server.weights.exports import give_back
 from rollout_server.weights.wire import (
     Compared,
     EngineDescription,
@@ -259,10 +260,31 @@ class Engine:
         await self._alive(self.client.sleep(level=2, mode="keep"))
 
     async def wake_weights(self) -> None:
-        await self._alive(self.client.wake_up(tags=["weights"]))
+        await self._wake("weights")
 
     async def wake_kv_cache(self) -> None:
-        await self._alive(self.client.wake_up(tags=["kv_cache"]))
+        await self._wake("kv_cache")
+
+    async def _wake(self, tag: str) -> None:
+        """Once more if memory ran out, with what both processes can free; `EngineDeadError` then:
+        what it has mapped, another engine must have."""
+        try:
+            await self._alive(self.client.wake_up(tags=[tag]))
+            return
+        except Exception as error:
+            if not log.out_of_memory(str(error)):
+                raise
+        await self._on_workers("rollout_free", tag)
+        give_back()  # the trainer's
+        try:
+            await self._alive(self.client.wake_up(tags=[tag]))
+        except Exception as error:
+            if not log.out_of_memory(str(error)):
+                raise
+            raise EngineDeadError(
+                f"the engine is out of memory: {log.first_lines(str(error))}; ask for a smaller KV "
+                "cache (kv_cache_memory_bytes), or offload_optimizer=True"
+            ) from error
 
     async def write_weights(self, message: Message) -> Written:
         return await self._write("rollout_write", message)

@@ -37,12 +37,17 @@ def first_lines(text: str, count: int = 4) -> str:
     return " ".join(line.strip() for line in text.strip().splitlines()[:count])
 
 
+def out_of_memory(text: str) -> bool:
+    """Whether an error's text says so."""
+    return _OUT_OF_MEMORY.search(text) is not None
+
+
 def start_error(error: Exception, path: str) -> RolloutServerError:
     """What to raise for an engine that didn't start, given vLLM's error and the engine's log."""
     end = tail(path)
     why = cause(end) or first_lines(str(error)) or type(error).__name__
     kind: type[RolloutServerError] = EngineStartError
-    if _OUT_OF_MEMORY.search(why):
+    if out_of_memory(why):
         kind = OutOfMemoryError
         why += "; ask for a smaller KV cache (kv_cache_memory_bytes) or context (max_model_len)"
     return kind(f"the engine didn't start: {why}\nThe end of its log:\n{end}")

@@ -21,6 +21,7 @@ from rollout_server.errors import (
     EngineDeadError,
     EngineStartError,
     EngineTimeoutError,
+    OutOfMemoryError,
     RankError,
     first_line,
 )
@@ -140,7 +141,7 @@ class Steps:
                 self.restarts.succeeded()
                 self.journal.restarted(time.perf_counter() - started)
                 return
-            except (EngineStartError, EngineDeadError, TimeoutError) as error:
+            except (EngineStartError, EngineDeadError, OutOfMemoryError, TimeoutError) as error:
                 self.engine.kill()
                 self.restarts.failed()
                 self.journal.not_restarted(first_line(error))

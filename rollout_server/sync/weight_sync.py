@@ -75,10 +75,12 @@ class WeightSync:
         ranks: Ranks,
         group: Ranks,
         exports: Exports,
+        require_room: Callable[[], None],
     ):
         """specs: the tensors that the engine was started for; shared: the memory that it has in
         common with the policy, with colocate="share"; group: of the ranks, those of this engine;
-        exports: takes what the engine is given."""
+        exports: takes what the engine is given; require_room: raises if a sleeping engine can't
+        have its memory back now."""
         self._policy = policy
         self._config = config
         self._loop = loop
@@ -88,6 +90,7 @@ class WeightSync:
         self._shared = shared
         self._ranks = ranks
         self._group = group
+        self._require_room = require_room
         self.sender = Sender(config, loop, engine, shared, exports)
         self._one_at_a_time = threading.Lock()
         self._syncs = 0
@@ -262,6 +265,7 @@ class WeightSync:
                 self.sender.release(source)
 
     def _look(self, verify: bool) -> Source:
+        self._require_room()
         source = self._policy.source(self._config.peft)
         if self._shared is not None:
             require_shareable(source)  # a trainer may wrap its model after attach()

@@ -30,6 +30,8 @@ class Policy:
     sampling: sampling fields by the trainer's settings.
     seed: of the engine's sampler; differs between ranks.
     optimizer: gives the optimizer, or None while there is none.
+    optimizer_name: transformers' name of the one that will be made; None: not known.
+    shards: over how many ranks the trainer will divide the model, which it has in full now.
     """
 
     model: Callable[[], Any]
@@ -39,6 +41,8 @@ class Policy:
     sampling: Mapping[str, Any] = field(default_factory=lambda: dict(NEUTRAL_SAMPLING))
     seed: int = 0
     optimizer: Callable[[], Any] | None = None
+    optimizer_name: str | None = None
+    shards: int = 1
 
     def source(self, peft: str) -> Source:
         """The policy's tensors as they are now; peft: "merge" or "adapter"."""

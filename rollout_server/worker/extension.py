@@ -5,6 +5,7 @@ layerwise reload.
 """
 
 import functools
+import gc
 import traceback
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -29,6 +30,7 @@ from rollout_server.worker.keeping import keep_over_sleep
 from rollout_server.worker.lora import AdapterSlot
 from rollout_server.worker.plan import Plan
 from rollout_server.worker.refit import install as take_refits
+from rollout_server.worker.sleeping import unmap_woken
 
 if TYPE_CHECKING:
 
@@ -99,6 +101,14 @@ class WeightReceiver(_Worker):
             refits=self._rollout_beside_core() and take_refits(),
         )
         return pack(description)
+
+    def rollout_free(self, tag: str) -> None:
+        """After a wake of `tag` that ran out of memory: give back what it has mapped so far, since
+        vLLM before 0.28 maps that again, and what torch keeps unused."""
+        if torch.cuda.is_available():
+            unmap_woken(tag)
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def rollout_ping(self) -> None:
         """Answered between two steps of the engine."""

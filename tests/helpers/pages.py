@@ -34,6 +34,10 @@ OBJECTS = {
 LOGGERS = ("rollout_server.requests", "rollout_server.lifecycle")
 # Which test runs a command, by its beginning: the test's file, and what in it does.
 RUN_BY = {
+    "python -m rollout_server.doctor memory": (
+        "doctor/test_memory.py",
+        '"-m", "rollout_server.doctor", "memory"',
+    ),
     "python -m rollout_server.doctor": ("doctor/test_doctor.py", '"-m", "rollout_server.doctor"'),
     "python -m rollout_server.bench refit": (
         "benchmarks/test_refit.py",
