@@ -17,6 +17,7 @@ def values(trainer, key):
     return [log[key] for log in trainer.state.log_history if key in log]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("trainer", "config", "options"),
     [
@@ -112,6 +113,7 @@ def test_training_in_shared_memory(make_trainer, lora):
         assert max(values(trainer, "rollout/logp_difference")) < 1e-3
 
 
+@pytest.mark.core
 def test_rollouts_are_those_the_engine_sampled(make_trainer):
     """Order, repetition, sampling fields and log-probabilities, by the seam itself."""
     trainer = make_trainer(
