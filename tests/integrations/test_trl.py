@@ -82,7 +82,9 @@ def test_training(make_trainer, trainer, config, options):
             server.sleep()
             versions = [server.policy_version]
             for _ in range(2):
-                assert "eval_reward" in trainer.evaluate()
+                evaluated = len(values(trainer, "eval_reward"))
+                trainer.evaluate()  # returns it since TRL 1.5, and logs it
+                assert len(values(trainer, "eval_reward")) == evaluated + 1
                 assert server.state == "awake"
                 versions.append(server.policy_version)
             assert versions[0] < versions[1] < versions[2]
