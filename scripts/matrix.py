@@ -132,6 +132,7 @@ def run(name: str) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "core", "-p", "no:cacheprovider"]
+    command.append("--durations=10")
     try:
         _run([*command, f"--junitxml={report}", *map(str, files)], RUNNING, env, log)
     except Failed as failed:

@@ -90,6 +90,8 @@ MODELS = {
     ),
     "ResponsesRequest": Fields(
         allowed="""
+        prompt_cache_options prompt_cache_retention safety_identifier
+        spaces_between_special_tokens
         background cache_salt chat_template_kwargs enable_response_messages
         frequency_penalty ignore_eos include include_reasoning include_stop_str_in_output
         input instructions logit_bias max_output_tokens max_tool_calls metadata min_p
@@ -121,12 +123,16 @@ MODELS = {
 }
 
 # Fields that a later version than `VERSION` has, whose sources alone were looked at.
-LATER = "return_weight_versions"
+LATER = """
+    prompt_cache_options prompt_cache_retention return_weight_versions safety_identifier
+    spaces_between_special_tokens
+"""
 
 # Refused as well: fields of earlier versions and of other servers, which vLLM might have some day.
 GONE = """
     custom_logit_processor extra_args guided_choice guided_decoding_backend guided_grammar
     guided_json guided_regex logits_processors lora_path lora_request
+    return_assistant_tokens_mask
 """
 
 # Ours: the server takes these out of a body itself, so vLLM must not have any of them.

@@ -83,7 +83,7 @@ def test_training(make_trainer, trainer, config, options):
             versions = [server.policy_version]
             for _ in range(2):
                 evaluated = len(values(trainer, "eval_reward"))
-                trainer.evaluate()  # returns it since TRL 1.5, and logs it
+                trainer.evaluate()  # which returns it since TRL 1.5
                 assert len(values(trainer, "eval_reward")) == evaluated + 1
                 assert server.state == "awake"
                 versions.append(server.policy_version)
