@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export DO_NOT_TRACK ?= 1
 
-.PHONY: help setup demo test test-models test-fast soak bench docs lint format lock clean
+.PHONY: help setup demo test test-models test-fast matrix soak bench docs lint format lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,6 +36,9 @@ test-models: setup ## architectures, each attached
 test-fast: setup ## the tests that take a few seconds at most
 	python -m pytest -q -m "not slow" tests
 
+matrix: setup ## the core tests with each version of vLLM and TRL (VERSIONS="vllm-0.26 trl-1.0")
+	source scripts/common.sh; TORCH_INDEX=$$torch_index python scripts/matrix.py $(VERSIONS)
+
 soak: setup ## faults, fuzzing, memory, for long (ROLLOUT_FUZZ_CASES, ROLLOUT_SOAK_SESSIONS)
 	python -m pytest -q -s tests/soak
 
@@ -59,5 +62,5 @@ lock: setup ## resolve requirements/cpu.in anew
 	scripts/lock.sh
 
 clean: ## remove .venv, runs and caches
-	rm -rf .venv .venv-docs .venv-gpu site runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
+	rm -rf .venv .venv-docs .venv-gpu .matrix site runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,9 +4,10 @@ Importing this module doesn't import vLLM; its functions do.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout_server.errors import EngineMissingError
 
@@ -154,14 +155,61 @@ def metrics_registry() -> Any:
 
 
 async def set_weight_version(client: Any, version: int) -> None:
-    """Tell the engine the policy version, for the spans in its outputs (0.29 and later)."""
-    if hasattr(client, "update_weight_version"):
+    """Tell the engine the policy version, for the spans in its outputs. While it is paused: what
+    runs has its tokens so far from the version before."""
+    if hasattr(client, "update_weight_version"):  # 0.29
         await client.update_weight_version(str(version))
+    if not _tells_versions():
+        _mark_versions(client, version)
 
 
 def weight_spans(output: Any) -> list[tuple[int, int, int]] | None:
-    """(version, start, end) of each run of an output's tokens; None before 0.32."""
+    """(version, start, end) of each run of an output's tokens; None where they are all of the
+    version that the engine has now."""
     spans = getattr(output, "weight_versions", None)
     if not spans:
         return None
     return [(int(s.version), s.start, s.end) for s in spans]
+
+
+@functools.cache
+def _tells_versions() -> bool:
+    """Whether this vLLM's last outputs tell who sampled them: since 0.32. Others are made to."""
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.output_processor import RequestState
+
+    if "weight_versions" in CompletionOutput.__dataclass_fields__:
+        return True
+    state: Any = RequestState
+    make = state._new_completion_output
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **options: Any) -> Any:
+        output = make(self, *args, **options)
+        marks = getattr(self, "version_marks", None)
+        if marks and output.finish_reason is not None:
+            ends = [start for _, start in marks[1:]] + [len(self.detokenizer.output_token_ids)]
+            output.weight_versions = [
+                _Span(version, start, end)
+                for (version, start), end in zip(marks, ends, strict=True)
+                if end > start
+            ]
+        return output
+
+    state._new_completion_output = made
+    return False
+
+
+class _Span(NamedTuple):
+    version: int
+    start: int
+    end: int
+
+
+def _mark_versions(client: Any, version: int) -> None:
+    before = getattr(client, "marked_version", 0)
+    client.marked_version = version
+    for state in client.output_processor.request_states.values():
+        marks = state.version_marks = getattr(state, "version_marks", [(before, 0)])
+        if marks[-1][0] != version:  # an engine that was started anew is told it once more
+            marks.append((version, len(state.detokenizer.output_token_ids)))

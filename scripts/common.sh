@@ -1,4 +1,4 @@
-# Shared by setup.sh and lock.sh (sourced, from the root of the checkout).
+# Shared by setup.sh, lock.sh and the Makefile's matrix (sourced, from the root of the checkout).
 
 venv=.venv
 python="$venv/bin/python"
@@ -10,6 +10,5 @@ say() { echo "$(basename "$0" .sh): $*" >&2; }
 die() { say "$*"; exit 1; }
 
 # uv doesn't read pip's settings: hand over those that come as environment variables.
-uv_sources=()
-for link in ${PIP_FIND_LINKS:-}; do uv_sources+=(--find-links "$link"); done
+if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"; fi
 if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"; fi

@@ -7,8 +7,8 @@ source scripts/common.sh
 
 # Only torch is taken from PyTorch's page, and only by who has no other place for it: an index
 # would be preferred for every package it happens to hold.
-[ ${#uv_sources[@]} -gt 0 ] || uv_sources=(--find-links "$torch_index/torch/")
+export UV_FIND_LINKS="${UV_FIND_LINKS:-$torch_index/torch/}"
 
-"$venv/bin/uv" pip compile -q --python "$python" --no-annotate --no-header "${uv_sources[@]}" \
+"$venv/bin/uv" pip compile -q --python "$python" --no-annotate --no-header \
     --override requirements/overrides.txt "$@" requirements/cpu.in -o requirements/cpu.txt
 say "$(grep -c == requirements/cpu.txt) packages"

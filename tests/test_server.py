@@ -30,6 +30,7 @@ def in_thread(work):
     return thread, results
 
 
+@pytest.mark.core
 def test_generate_takes_text_ids_and_messages(server, tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
     ids = tokenizer("Hello")["input_ids"]
@@ -54,6 +55,7 @@ def test_generate_keeps_the_order_and_gives_n_for_each_prompt(server):
     assert len({tuple(c.ids) for c in completions}) > 8, "samples of a prompt are all the same"
 
 
+@pytest.mark.core
 def test_sampled_logprobs_are_those_of_the_sampled_distribution(server, shared_model):
     prompt = [11, 12, 13]
     (completion,) = server.generate(
@@ -91,6 +93,7 @@ def test_bad_prompts_are_named(server):
         server.generate([[5.0, "x"]])
 
 
+@pytest.mark.core
 def test_each_optimizer_step_reaches_the_engine(server, shared_model):
     """After each of 5 large steps the engine agrees with the trainer's own model."""
     prompt, previous = [21, 22, 23, 24], ([], torch.zeros(12))
@@ -120,6 +123,7 @@ def test_each_optimizer_step_reaches_the_engine(server, shared_model):
         previous = ids, logprobs
 
 
+@pytest.mark.core
 def test_verify_names_the_tensor_that_differs(server, shared_model):
     server.verify_weights()
     weight = shared_model.model.layers[1].self_attn.k_proj.weight
@@ -237,6 +241,7 @@ def test_twenty_cycles_leave_no_memory_behind(server):
     assert max(asleep[1:]) <= 1.02 * asleep[0]
 
 
+@pytest.mark.core
 def test_a_request_waits_for_a_sleeping_engine(server, shared_model):
     server.sleep()
     version = server.policy_version
@@ -252,6 +257,7 @@ def test_a_request_waits_for_a_sleeping_engine(server, shared_model):
     assert answers[0].policy_version == version + 1 == server.policy_version
 
 
+@pytest.mark.core
 def test_an_interrupted_generation_goes_on_from_its_own_tokens(server):
     sampling = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
     (undisturbed,) = server.generate([61, 62], sampling)

@@ -40,6 +40,7 @@ _REFUSED = {
     "previous_input_messages": "it is of gpt-oss alone, and dropped for others; give them as input",
     "priority": "all requests have the same; leave it out",
     "prompt_embeds": "give token ids or text as prompt",
+    "return_assistant_tokens_mask": "answers and records tell what was sampled; leave it out",
     "logits_processors": "none can be named; leave it out",
     "custom_logit_processor": "none can be named; leave it out",
     "lora_request": "the policy alone is served; leave it out",

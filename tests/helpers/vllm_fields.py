@@ -55,11 +55,11 @@ MODELS = {
         min_tokens mm_payload model n parallel_tool_calls presence_penalty prompt_logprobs
         reasoning_effort repetition_detection repetition_penalty request_id response_format
         return_mm_kwargs return_prompt_text return_token_ids return_token_offsets
-        return_tokens_as_token_ids routed_experts_prompt_start seed session_id
-        skip_special_tokens spaces_between_special_tokens stop stop_token_ids stream
-        stream_interval stream_options structured_outputs temperature thinking_token_budget
-        tool_choice tools top_k top_logprobs top_p truncate_prompt_tokens truncation_side
-        user watermarking
+        return_tokens_as_token_ids return_weight_versions routed_experts_prompt_start seed
+        session_id skip_special_tokens spaces_between_special_tokens stop stop_token_ids
+        stream stream_interval stream_options structured_outputs temperature
+        thinking_token_budget tool_choice tools top_k top_logprobs top_p
+        truncate_prompt_tokens truncation_side user watermarking
         """,
         refused="""
         chat_template ec_transfer_params kv_transfer_params media_io_kwargs
@@ -73,7 +73,7 @@ MODELS = {
         logprobs max_tokens min_p min_tokens mm_payload model n presence_penalty prompt
         prompt_logprobs repetition_detection repetition_penalty request_id response_format
         return_mm_kwargs return_token_ids return_token_offsets return_tokens_as_token_ids
-        routed_experts_prompt_start seed session_id skip_special_tokens
+        return_weight_versions routed_experts_prompt_start seed session_id skip_special_tokens
         spaces_between_special_tokens stop stop_token_ids stream stream_interval
         stream_options structured_outputs suffix temperature thinking_token_budget top_k
         top_p truncate_prompt_tokens truncation_side user watermarking
@@ -90,6 +90,8 @@ MODELS = {
     ),
     "ResponsesRequest": Fields(
         allowed="""
+        prompt_cache_options prompt_cache_retention safety_identifier
+        spaces_between_special_tokens
         background cache_salt chat_template_kwargs enable_response_messages
         frequency_penalty ignore_eos include include_reasoning include_stop_str_in_output
         input instructions logit_bias max_output_tokens max_tool_calls metadata min_p
@@ -120,10 +122,17 @@ MODELS = {
     ),
 }
 
+# Fields that a later version than `VERSION` has, whose sources alone were looked at.
+LATER = """
+    prompt_cache_options prompt_cache_retention return_weight_versions safety_identifier
+    spaces_between_special_tokens
+"""
+
 # Refused as well: fields of earlier versions and of other servers, which vLLM might have some day.
 GONE = """
     custom_logit_processor extra_args guided_choice guided_decoding_backend guided_grammar
     guided_json guided_regex logits_processors lora_path lora_request
+    return_assistant_tokens_mask
 """
 
 # Ours: the server takes these out of a body itself, so vLLM must not have any of them.

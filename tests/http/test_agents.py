@@ -9,6 +9,7 @@ import pytest
 from conversations import SAMPLING, converse, sampled
 
 
+@pytest.mark.core
 def test_each_prompt_of_a_session_begins_with_what_was_sampled(server, tokenizer):
     with server.session() as session, session.openai() as client:
         # So many tokens that some don't survive being text: a dozen do half of the time.
@@ -32,6 +33,7 @@ def test_each_prompt_of_a_session_begins_with_what_was_sampled(server, tokenizer
     assert len(row.messages) == 13 and row.messages[-1]["role"] == "assistant"
 
 
+@pytest.mark.core
 def test_messages_that_carry_their_tokens_need_no_session(server):
     messages, answers = [], []
     with server.openai() as client:
@@ -77,6 +79,7 @@ def test_a_prefix_that_is_required_is_taken(server):
         assert sampled(answer)[0][: len(prompt) + len(ids)] == prompt + ids
 
 
+@pytest.mark.core
 def test_a_stream_tells_its_tokens_and_is_recorded(server):
     with server.session() as session, session.openai() as client:
         events = list(

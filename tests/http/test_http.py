@@ -33,6 +33,7 @@ def test_chat(client, server, tokenizer):
     assert answer.usage.completion_tokens <= 6
 
 
+@pytest.mark.core
 def test_chat_with_n_and_logprobs(client, shared_model, tokenizer):
     answer = client.chat.completions.create(
         model="policy",
@@ -53,6 +54,7 @@ def test_chat_with_n_and_logprobs(client, shared_model, tokenizer):
     assert len({tuple(c.token_ids) for c in answer.choices}) > 1
 
 
+@pytest.mark.core
 def test_chat_streams(client, server):
     request = dict(model="policy", messages=MESSAGES, max_tokens=8, temperature=0)
     whole = client.chat.completions.create(**request)
@@ -76,6 +78,7 @@ async def test_the_async_client(server):
     assert text == answers[0].choices[0].message.content
 
 
+@pytest.mark.core
 def test_completions(client, server, shared_model):
     answer = client.completions.create(
         model="policy",
@@ -93,6 +96,7 @@ def test_completions(client, server, shared_model):
     assert len(text.choices) == 2 and text.policy_version == server.policy_version
 
 
+@pytest.mark.core
 def test_responses(client, server):
     answer = client.responses.create(model="policy", input="Say hello.", max_output_tokens=8)
     assert answer.policy_version == server.policy_version
@@ -119,6 +123,7 @@ def test_models(client, server, tiny_folder):
 # -- the anthropic client ---------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_anthropic(server, tokenizer):
     root = server.base_url.removesuffix("/v1")
     client = anthropic.Anthropic(base_url=root, api_key=server.api_key)
@@ -140,6 +145,7 @@ def test_anthropic(server, tokenizer):
 # -- the other routes -------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_tokenize_and_back(server, tokenizer):
     told = post(server, "/tokenize", json={"model": "policy", "messages": MESSAGES}).json()
     rendered = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
@@ -148,6 +154,7 @@ def test_tokenize_and_back(server, tokenizer):
     assert text["prompt"] == tokenizer.decode(rendered)
 
 
+@pytest.mark.core
 def test_health_and_metrics(server):
     root = server.base_url.removesuffix("/v1")
     assert httpx.get(root + "/health").status_code == 200
@@ -249,6 +256,7 @@ def test_a_wrong_key(server):
 # -- many clients -----------------------------------------------------------------------------
 
 
+@pytest.mark.core
 def test_clients_wait_through_syncs_and_sleeps(server):
     """Requests that come while the engine sleeps, and such as run when the weights move, three
     times: each is answered, the first by the weights that it waited for."""

@@ -42,6 +42,7 @@ def talk(client, *texts):
     return answers
 
 
+@pytest.mark.core
 def test_agents_are_the_rollouts(trainer):
     seen, running, most = [], set(), [0]
     lock = threading.Lock()

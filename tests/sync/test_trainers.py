@@ -86,6 +86,7 @@ def test_peft_merged(tiny, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_peft_adapter_alone(tiny, tokenizer):
     """Its bytes are all that is sent; the base goes when the engine has lost it."""
     model = lora(tiny, use_rslora=True, rank_pattern={"o_proj": 3}, alpha_pattern={"q_proj": 5})
@@ -122,6 +123,7 @@ def test_peft_adapter_alone(tiny, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.core
 def test_shared_memory(tiny, tokenizer, tmp_path):
     """One memory for both: nothing is sent, and the engine rests while the optimizer writes."""
     states = []
