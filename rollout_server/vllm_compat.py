@@ -113,6 +113,14 @@ def core_that_refits() -> Any:
     return EngineCore if told and all(hasattr(EngineCore, name) for name in needed) else None
 
 
+def wake_core(core: Any) -> None:
+    """What ends before a pause is waited for in the core's loop right before that waits for a
+    message: without one, requests that may run again wouldn't."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
 async def refit(client: Any, message: Any, version: int) -> list[bytes]:
     """Have the engine core rest, write weights, and go on with the new version; the reports."""
     await client.renderer.clear_mm_cache_async()

@@ -14,7 +14,7 @@ from rollout_server.engine.gpu_memory import GIB, Need, shared_kv_cache, utiliza
 from rollout_server.engine.images import IMAGES
 from rollout_server.engine.log import first_lines
 from rollout_server.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
-from rollout_server.weights.wire import LOAD_FORMAT
+from rollout_server.weights.wire import LOAD_FORMAT, STREAMED_BYTES
 
 WORKER_EXTENSION = "rollout_server.worker.extension.WeightReceiver"
 CPU_WORKER = "rollout_server.worker.cpu_worker.CpuWorker"
@@ -156,6 +156,7 @@ def engine_variables(
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        variables["GLIBC_TUNABLES"] = _tunables(os.environ.get("GLIBC_TUNABLES", ""))
         if eager:
             # vLLM compiles one small function of its sampler all the same; on a CPU the compiler's
             # start is seconds, and the function's time isn't seen.
@@ -165,6 +166,14 @@ def engine_variables(
     elif None not in devices:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(filter(None, devices))
     return variables
+
+
+def _tunables(given: str) -> str:
+    """With glibc's bound for copies past the cache, unless that is `given`; elsewhere than on x86
+    it has none, and doesn't mind. By default it is 3/4 of a cache that all cores share."""
+    name = "glibc.cpu.x86_non_temporal_threshold"
+    own = [] if name in given else [f"{name}={STREAMED_BYTES:#x}"]
+    return ":".join([*filter(None, [given]), *own])
 
 
 def _cores_of_each(workers: int) -> str:

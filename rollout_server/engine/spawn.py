@@ -69,8 +69,9 @@ _one_start = threading.RLock()
 def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> Iterator[None]:
     """Start children as described above.
 
-    log: the file they write to; variables: go into their environment, and vLLM's own of them into
-    this process's meanwhile; pids: takes their process ids.
+    log: the file they write to; variables: go into their environment, and vLLM's own of them and
+    the C library's, which reads them before anything runs, into this process's meanwhile; pids:
+    takes their process ids.
     """
     thread = threading.get_ident()
 
@@ -99,8 +100,8 @@ def engine_children(log: str, variables: Mapping[str, str], pids: list[int]) -> 
 
     popen: Any = popen_spawn_posix.Popen  # typeshed doesn't know what is inside
     own = {**variables, _LEVEL: os.environ.get(_LEVEL, "INFO")}
-    of_vllm = {name: value for name, value in variables.items() if name.startswith("VLLM_")}
-    with _one_start, set_variables(of_vllm), quiet_front_end():
+    early = {n: v for n, v in variables.items() if n.startswith(("VLLM_", "GLIBC_"))}
+    with _one_start, set_variables(early), quiet_front_end():
         launch, command_line = popen._launch, spawn.get_command_line
         popen._launch = hidden_launch
         spawn.get_command_line = logged_command_line

@@ -19,6 +19,8 @@ ADAPTER_ID = 1
 ADDRESS = "sharing.json"
 # There too: names of torch's files in shared memory that count who has the trainer's memory open.
 COUNTERS = "counters.txt"
+# A copy of so many bytes in a CPU engine's process goes past the cache, which it would only empty.
+STREAMED_BYTES = 1 << 20
 
 
 class Piece(NamedTuple):

@@ -1,11 +1,12 @@
 """Many copies at the speed of one. Runs in the engine's process.
 
-On a GPU they are one `torch._foreach_copy_`. On a CPU that would be a parallel region of OpenMP per
-tensor, each as slow as its slowest thread, and the trainer's own threads still spin on the cores;
-there, threads of our own take pieces of memory off one list, and no thread waits for another.
+On a CPU an operation of torch would be a parallel region of OpenMP per tensor, each as slow as its
+slowest thread, and the trainer's own threads still spin on the cores; there, threads of our own
+take pieces of memory off one list, and no thread waits for another. A GPU is given few launches.
 """
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from rollout_server.weights.wire import STREAMED_BYTES
+
+_PAGE = 4096
 _PIECE = 4 << 20  # bytes that a thread takes at once
+# A load waits for a store to an address before its own with the same last 12 bits, for long if that
+# goes past the cache; from so many bytes on it doesn't.
+_APART = 1024
+_ALONE = 1 << 20  # bytes from which a copy on a GPU is worth a launch
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Memory = tuple[int, int, int]  # to, from, bytes: addresses
 
 
 class Copier:
@@ -23,48 +34,86 @@ class Copier:
     """
 
     def __init__(self, to: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]):
-        pairs = list(zip(to, sources, strict=True))
-        raw = [pair for pair in pairs if _is_memory(*pair)]
-        other = [pair for pair in pairs if not _is_memory(*pair)]
+        raw: list[_Pair] = []
+        self._large: list[_Pair] = []
+        groups: dict[tuple[object, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for pair in zip(to, sources, strict=True):
+            if _is_memory(*pair):
+                raw.append(pair)
+            elif _is_bytes(*pair) and pair[0].nbytes >= _ALONE:
+                self._large.append(pair)
+            else:
+                group = groups.setdefault(_kind(*pair), ([], []))
+                group[0].append(pair[0])
+                group[1].append(pair[1])
+        self._groups = list(groups.values())
         self._keep = raw  # their addresses are in use
-        self._to, self._sources = [p[0] for p in other], [p[1] for p in other]
-        self._pieces = [piece for pair in raw for piece in _pieces(*pair)]
-        # The largest first, so that the threads end together.
-        self._pieces.sort(key=lambda piece: piece[2], reverse=True)
+        self._shares = _shares([piece for pair in raw for piece in _pieces(*pair)])
 
     def run(self) -> None:
-        if self._to:
-            torch._foreach_copy_(self._to, self._sources)
-        if self._pieces:
-            left, lock = iter(self._pieces), threading.Lock()
+        for to, source in self._large:
+            to.copy_(source)
+        for many, sources in self._groups:
+            torch._foreach_copy_(many, sources)
+        if self._shares:
+            left, lock = iter(self._shares), threading.Lock()
             threads = _threads()
             list(threads.map(lambda _: _work(left, lock), range(threads._max_workers)))
 
 
+def _is_bytes(to: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether the copy is one of consecutive bytes."""
+    same = to.device.type == source.device.type and to.dtype == source.dtype
+    return same and to.is_contiguous() and source.is_contiguous()
+
+
 def _is_memory(to: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether the copy is one of consecutive bytes in host memory."""
-    return bool(
-        to.device.type == source.device.type == "cpu"
-        and to.dtype == source.dtype
-        and to.is_contiguous()
-        and source.is_contiguous()
-    )
+    """Whether it is one of consecutive bytes in host memory."""
+    return to.device.type == "cpu" and _is_bytes(to, source)
 
 
-def _pieces(to: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """(to, from, bytes), addresses."""
-    size = to.numel() * to.element_size()
-    for at in range(0, size, _PIECE):
-        yield to.data_ptr() + at, source.data_ptr() + at, min(_PIECE, size - at)
+def _kind(to: torch.Tensor, source: torch.Tensor) -> tuple[object, ...]:
+    """The same for pairs that torch copies alike: one that is laid out otherwise than its source
+    has all of a list's copied one by one."""
+    alike = to.is_contiguous() and source.is_contiguous()
+    return to.device, source.device, to.dtype, source.dtype, alike
 
 
-def _work(left: Iterator[tuple[int, int, int]], lock: threading.Lock) -> None:
+def _pieces(to: torch.Tensor, source: torch.Tensor) -> Iterator[_Memory]:
+    """Of equal size, and small enough for the cache where going past it is slow."""
+    size, first, other = to.nbytes, to.data_ptr(), source.data_ptr()
+    if not size:
+        return
+    apart = (first - other) % _PAGE
+    most = STREAMED_BYTES - _PAGE if 0 < apart < _APART else _PIECE
+    each = -(-size // math.ceil(size / most))
+    each = -(-each // _PAGE) * _PAGE
+    for at in range(0, size, each):
+        yield first + at, other + at, min(each, size - at)
+
+
+def _shares(pieces: list[_Memory]) -> list[list[_Memory]]:
+    """What a thread takes at once: a large piece, or many small ones. The largest come first, so
+    that the threads end together."""
+    shares: list[list[_Memory]] = []
+    room = 0
+    for piece in sorted(pieces, key=lambda piece: piece[2], reverse=True):
+        if piece[2] > room:
+            shares.append([])
+            room = STREAMED_BYTES
+        shares[-1].append(piece)
+        room -= piece[2]
+    return shares
+
+
+def _work(left: Iterator[list[_Memory]], lock: threading.Lock) -> None:
     while True:
         with lock:
-            piece = next(left, None)
-        if piece is None:
+            share = next(left, None)
+        if share is None:
             return
-        ctypes.memmove(*piece)  # without the GIL
+        for piece in share:
+            ctypes.memmove(*piece)  # without the GIL
 
 
 _pool: ThreadPoolExecutor | None = None

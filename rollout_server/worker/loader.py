@@ -20,6 +20,7 @@ from rollout_server.weights.manifest import read_specs, read_views
 from rollout_server.weights.storages import identity
 from rollout_server.weights.wire import LOAD_FORMAT, Layout, Piece, TensorSpec
 from rollout_server.worker import sharing
+from rollout_server.worker.pages import move_to_pages
 from rollout_server.worker.plan import Plan
 from rollout_server.worker.recording import record
 from rollout_server.worker.unallocated import Unallocated, allocate, built
@@ -87,6 +88,8 @@ class PolicyLoader(DummyModelLoader):
 
     def _fill_weights(self, model: Any) -> None:
         device = next(model.parameters()).device
+        if device.type == "cpu":
+            move_to_pages(model)
         try:
             plan = self._record(model, _random(self._specs, device), write=True)
         except ValueError as error:

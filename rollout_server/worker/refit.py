@@ -33,8 +33,13 @@ def _refit(core: Any, message: Message | None, version: str) -> "list[bytes] | F
             core.resume_scheduler()
         return reports
 
+    def write_late() -> list[bytes]:
+        reports = write()
+        compat.wake_core(core)
+        return reports
+
     resting = core.pause_scheduler("keep", True)
-    return write() if resting is None else _then(resting, write)
+    return write() if resting is None else _then(resting, write_late)
 
 
 def _then(before: "Future[Any]", work: Callable[[], Any]) -> "Future[Any]":

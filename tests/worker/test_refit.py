@@ -1,6 +1,11 @@
 """A sync in one message: what the engine core does with it, and that it is one."""
 
+from collections import deque
 from concurrent.futures import Future
+from functools import partial
+from queue import Queue
+from threading import Thread
+from types import SimpleNamespace
 
 import inside
 import pytest
@@ -15,6 +20,7 @@ class Core:
 
     def __init__(self, report, resting=None):
         self.asked, self._report, self._resting = [], report, resting
+        self.input_queue = Queue()
 
     def pause_scheduler(self, mode, clear_cache):
         self.asked.append(f"pause, {mode}, caches {'cleared' if clear_cache else 'kept'}")
@@ -47,6 +53,33 @@ def test_nothing_is_written_before_what_is_under_way_has_ended():
     assert core.asked == WHOLE[:1] and not after.done()
     resting.set_result(None)
     assert core.asked == WHOLE and after.result(0) == [pack(Written(8, 1))]
+
+
+@pytest.mark.slow  # it imports vLLM's engine
+def test_requests_go_on_when_what_was_under_way_has_ended():
+    """In vLLM's own loop, which would wait for another message then."""
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.engine.core import EngineCoreProc
+
+    core = object.__new__(EngineCoreProc)
+    paused = [PauseState.UNPAUSED]
+    core.scheduler = SimpleNamespace(
+        set_pause_state=partial(paused.__setitem__, 0),
+        has_requests=lambda: paused[0] is PauseState.UNPAUSED,
+    )
+    core.model_executor = SimpleNamespace(collective_rpc=lambda *_: [])
+    core._reset_caches = lambda: None
+    core.batch_queue, core.engines_running = deque(["under way"]), False
+    core.input_queue, core.aborts_queue = Queue(), Queue()
+    core._idle_state_callbacks, core.process_input_queue_block = [], True
+    core.is_running = lambda: True
+    after = refit._refit(core, None, "3")
+    assert paused[0] is PauseState.PAUSED_ALL and not after.done()
+    core.batch_queue.clear()
+    loop = Thread(target=core._process_input_queue, daemon=True)
+    loop.start()
+    loop.join(10)
+    assert after.done() and core.get_weight_version() == "3" and not loop.is_alive()
 
 
 def test_a_pause_that_fails_is_told():
