@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.weights.sources.base import Source, architecture, parameters_of
+from rollout_server.weights.sources.base import Source, architecture, modules_of, parameters_in
 from rollout_server.weights.sources.kinds import source_of
 
 # Nothing cut off, nothing reshaped: the distribution that the policy's own logits give.
@@ -50,7 +50,7 @@ class Policy:
 
     def stamp(self) -> list[tuple[int, int]]:
         """Differs where a parameter has been written to, or replaced."""
-        return [(id(p), p._version) for p in parameters_of(self.model())]
+        return [(id(p), p._version) for p in parameters_in(modules_of(self.model()))]
 
     @property
     def bare(self) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """The policy's weights by the names under which vLLM expects them."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -165,32 +165,36 @@ def architecture(model: Any) -> torch.nn.Module:
     return cast(torch.nn.Module, bare)
 
 
-def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) as `named_modules` gives them, in a tenth of its time: it is a generator in a
-    generator for each level, and this runs at every sync."""
+Walked = Sequence[tuple[str, torch.nn.Module]]  # modules by their paths, each once
+
+
+def modules_of(model: torch.nn.Module) -> Walked:
+    """What `named_modules` gives, in a tenth of its time: it is a generator in a generator for each
+    level, and this runs at every sync."""
     seen: set[int] = set()
+    found = []
     waiting = [("", model)]
     while waiting:
-        path, module = waiting.pop()
+        path, module = walked = waiting.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield path, module
-        waiting += [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in reversed(module._modules.items())
-            if child is not None
-        ]
+        found.append(walked)
+        if children := module._modules:
+            before = f"{path}." if path else ""
+            waiting += [(before + n, c) for n, c in reversed(children.items()) if c is not None]
+    return found
 
 
-def parameters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """A model's parameters, one that is tied as often as it is there."""
-    modules = (module for _, module in modules_of(model))
-    return [p for module in modules for p in module._parameters.values() if p is not None]
+def parameters_in(walked: Walked) -> list[torch.nn.Parameter]:
+    """The modules' parameters, one that is tied as often as it is there."""
+    return [p for _, module in walked for p in module._parameters.values() if p is not None]
 
 
 def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A module's own parameters and persistent buffers, not those of its children."""
+    if not (module._parameters or module._buffers):
+        return
     derived = module._non_persistent_buffers_set
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None and name not in derived:
@@ -202,17 +206,18 @@ def whole_pieces(tensors: Mapping[str, torch.Tensor]) -> list[Piece]:
     return [Piece(name, 0, tensor.detach()) for name, tensor in tensors.items()]
 
 
-def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
+def policy_tensors(model: Any, walked: Walked | None = None) -> dict[str, torch.Tensor]:
     """Name to tensor, of every parameter and persistent buffer, as a checkpoint names them.
 
     Tied tensors come once, under their first name, where the config says that they are tied.
-    The tensors are the live ones: nothing is copied.
+    The tensors are the live ones: nothing is copied. walked: the bare model's modules, if they are
+    known.
     """
     model = bare_model(model)
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for path, module in modules_of(model):
+    for path, module in walked or modules_of(model):
         for name, tensor in own_tensors(module):
             if tied and id(tensor) in seen:
                 continue
@@ -230,6 +235,7 @@ def policy_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
-    for part in _WRAPPERS:
-        name = name.replace(part, "")
+    if name[0] == "_" or "._" in name:
+        for part in _WRAPPERS:
+            name = name.replace(part, "")
     return name

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from rollout_server.weights.sources.base import Source, local, modules_of
+from rollout_server.weights.sources.base import Source, Walked, local
 from rollout_server.weights.staging import Bucket, Staging, buckets, streamed
 from rollout_server.weights.wire import Part, Parts, Piece
 
@@ -101,9 +101,9 @@ class FSDP2Source(Source):
         return pieces
 
 
-def reshard(model: torch.nn.Module) -> None:
-    """Give up full parameters that a forward pass may have left. Local."""
-    for _, module in modules_of(model):
+def reshard(walked: Walked) -> None:
+    """Have modules give up full parameters that a forward pass may have left. Local."""
+    for _, module in walked:
         if isinstance(module, FSDPModule):
             module.reshard()
 

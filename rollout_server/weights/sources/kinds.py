@@ -8,7 +8,13 @@ from torch.distributed.tensor import DTensor
 
 from rollout_server.errors import NotAvailableError
 from rollout_server.weights.sources import fsdp2, zero3
-from rollout_server.weights.sources.base import Source, bare_model, parameters_of, policy_tensors
+from rollout_server.weights.sources.base import (
+    Source,
+    bare_model,
+    modules_of,
+    parameters_in,
+    policy_tensors,
+)
 
 
 def source_of(model: Any, peft: str = "merge") -> Source:
@@ -26,11 +32,12 @@ def source_of(model: Any, peft: str = "merge") -> Source:
         from rollout_server.weights.sources.fsdp1 import FSDP1Source
 
         return FSDP1Source(model)
-    fsdp2.reshard(model)
-    kind = _kind(parameters_of(model))
+    walked = modules_of(model)
+    fsdp2.reshard(walked)
+    kind = _kind(parameters_in(walked))
     if has_adapter:
         return _of_peft(model, peft, kind)
-    return (kind or Source)(policy_tensors(model))
+    return (kind or Source)(policy_tensors(model, walked))
 
 
 def _kind(tensors: Iterable[torch.Tensor]) -> Any:
