@@ -1,4 +1,4 @@
-"""What is benchmarked: a model from a folder, or one of Llama's shape with random weights."""
+"""What is benchmarked: a model from a folder, or one with random weights."""
 
 import os
 from collections.abc import Callable
@@ -25,6 +25,9 @@ def add_options(parser: Any) -> None:
     for name in FIELDS:
         text = f"instead of the preset's {name.replace('_', ' ')}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--architecture", choices=("llama", "qwen3"), default="llama", help="of a random model"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
 
 
@@ -36,9 +39,11 @@ def load(given: Any, device: str) -> tuple[str, Any, Any]:
     own = {name: value for name in FIELDS if (value := getattr(given, name)) is not None}
     model: Any
     if not given.model:
-        model = random_llama(given.preset, own, dtype, device)
+        model = random_model(given.preset, own, dtype, device, given.architecture)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        return f"llama-{millions:.0f}m" if own else given.preset, model, tokenizer()
+        usual = not own and given.architecture == "llama"
+        name = given.preset if usual else f"{given.architecture}-{millions:.0f}m"
+        return name, model, tokenizer()
     if own:
         raise SystemExit(f"--model and --{next(iter(own))} exclude each other")
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype)
@@ -46,28 +51,36 @@ def load(given: Any, device: str) -> tuple[str, Any, Any]:
     return name, model.to(device), AutoTokenizer.from_pretrained(given.model)
 
 
-def random_llama(
-    preset: str, own: dict[str, int], dtype: torch.dtype, device: str, spread: float = 0.02
+def random_model(
+    preset: str,
+    own: dict[str, int],
+    dtype: torch.dtype,
+    device: str,
+    architecture: str = "llama",
+    spread: float = 0.02,
 ) -> Any:
-    """A model of `preset`'s sizes, or of those in `own`; spread: standard deviation of weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A model of `preset`'s sizes, or of those in `own`; architecture: transformers' name of one
+    that has such sizes; spread: standard deviation of weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     *sizes, tied = SHAPES[preset]
     shape = dict(zip(FIELDS, sizes, strict=True)) | own
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         initializer_range=spread,
         num_hidden_layers=shape["layers"],
         hidden_size=shape["hidden"],
         intermediate_size=shape["intermediate"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv_heads"],
+        head_dim=shape["hidden"] // shape["heads"],
         vocab_size=shape["vocab"],
         tie_word_embeddings=tied,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=0,
     )
-    return built(LlamaForCausalLM, config, dtype, device)
+    return built(AutoModelForCausalLM.from_config, config, dtype, device)
 
 
 def built(kind: Callable[[Any], Any], config: Any, dtype: torch.dtype, device: str) -> Any:

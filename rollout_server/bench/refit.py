@@ -1,6 +1,7 @@
 """Refit: how long it takes to bring the policy's weights into the engine, by several ways.
 
-memcpy: the weights' bytes from one flat tensor to another, on the same device.
+memcpy: the weights' bytes from one flat tensor to another, on the same device; the fastest of the
+    ways in copies.py, all of which are run in each round.
 planned: `sync_weights` of an engine that is awake, from the call to its return.
 wake: the same of an engine that sleeps; its memory has to be brought back too.
 layerwise: the same through vLLM's layerwise reload, of tensors that are in shared memory too.
@@ -17,6 +18,8 @@ interleaved, those of slow ways are fewer.
 import argparse
 import contextlib
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ import torch
 
 from rollout_server import attach
 from rollout_server.bench import ipc, model, report
+from rollout_server.bench.copies import Copies, environment
 from rollout_server.bench.memory import memory
 from rollout_server.server import RolloutServer
 from rollout_server.weights.sources.base import policy_tensors
@@ -59,6 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> None:
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu" and os.environ != environment():  # the C library reads it at the start
+        os.execve(sys.executable, sys.orig_argv, environment())
     name, policy, tokenizer = model.load(given, device)
     result = refit(name, policy, tokenizer, given.rounds, given.ways)
     print(report.markdown(result))
@@ -86,8 +92,8 @@ def refit(
             kept |= _memory_of(server, "share")
             ways = [Way("share", lambda: _seconds(server.sync_weights))]
             shared = _measure(policy, server, ways, nbytes, first, rounds)
-            shared["memcpy"] = samples.get("memcpy", []) + shared["memcpy"]
-            samples |= shared
+            for way, more in shared.items():
+                samples[way] = samples.get(way, []) + more
     return {
         "machine": report.machine(first.device.type),
         "model": {
@@ -164,17 +170,20 @@ def _measure(
 ) -> dict[str, list[report.Sample]]:
     for way in ways:
         _prove(way, policy, server)
-    memcpy = _memcpy(nbytes, like)
-    memcpy()
-    samples: dict[str, list[report.Sample]] = {"memcpy": []}
-    samples |= {way.name: [] for way in ways}
+    copies = Copies(nbytes, like)
+    seconds: dict[str, list[tuple[int, float]]] = {way.name: [] for way in ways}
     for number in range(rounds):
-        base = memcpy()
-        samples["memcpy"].append(report.Sample(base, base))
+        copies.measure()
         for way in ways:
             if number % way.every == 0:
-                samples[way.name].append(report.Sample(way.run(), base))
-    return samples
+                seconds[way.name].append((number, way.run()))
+    base = copies.fastest
+    told = {"memcpy": base} | {f"memcpy: {name}": each for name, each in copies.seconds.items()}
+    rows = {name: list(enumerate(each)) for name, each in told.items()} | seconds
+    return {
+        name: [report.Sample(each, base[number]) for number, each in row]
+        for name, row in rows.items()
+    }
 
 
 @torch.no_grad()
@@ -184,18 +193,6 @@ def _prove(way: Way, policy: Any, server: RolloutServer) -> None:
         parameter.neg_()
     way.run()
     server.verify_weights()
-
-
-def _memcpy(nbytes: int, like: torch.Tensor) -> Callable[[], float]:
-    count = nbytes // like.element_size()
-    source = torch.ones(count, dtype=like.dtype, device=like.device)
-    to = torch.zeros_like(source)
-
-    def copy() -> None:
-        to.copy_(source)
-        _finish_device_work()
-
-    return lambda: _seconds(copy)
 
 
 def _wake(server: RolloutServer) -> float:
@@ -285,8 +282,3 @@ def _seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _finish_device_work() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -156,7 +156,7 @@ def engine_variables(
         # vLLM moves the CPU worker into a further process where this is "1". `AsyncLLM` has its
         # engine in a process of its own whatever the variable says.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        variables["GLIBC_TUNABLES"] = _tunables(os.environ.get("GLIBC_TUNABLES", ""))
+        variables["GLIBC_TUNABLES"] = glibc_tunables(os.environ.get("GLIBC_TUNABLES", ""))
         if eager:
             # vLLM compiles one small function of its sampler all the same; on a CPU the compiler's
             # start is seconds, and the function's time isn't seen.
@@ -168,7 +168,7 @@ def engine_variables(
     return variables
 
 
-def _tunables(given: str) -> str:
+def glibc_tunables(given: str) -> str:
     """With glibc's bound for copies past the cache, unless that is `given`; elsewhere than on x86
     it has none, and doesn't mind. By default it is 3/4 of a cache that all cores share."""
     name = "glibc.cpu.x86_non_temporal_threshold"

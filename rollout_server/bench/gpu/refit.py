@@ -21,7 +21,7 @@ _NOISE = 48 * MIB  # of host memory that two engines of one kind differ by
 def measure(scale: Scale, found: Findings) -> None:
     """All of them in one run."""
     sizes = {"vocab": scale.of(32000, 128000)}  # tiny but for this: some bytes are to be seen
-    policy = model.random_llama(scale.of("7b", "tiny"), sizes, scale.dtype, scale.device)
+    policy = model.random_model(scale.of("7b", "tiny"), sizes, scale.dtype, scale.device)
     result = refit.refit("policy", policy, model.tokenizer(), rounds=scale.of(20, 6))
     memcpy, nbytes = result["ways"]["memcpy"]["median"], result["model"]["bytes"]
     found.figure("bytes of the weights", nbytes, "bytes")

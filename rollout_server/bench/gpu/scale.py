@@ -47,7 +47,7 @@ class Scale:
     def policy(self, preset: str, dtype: torch.dtype | None = None) -> Any:
         """A random model of that shape; a tiny one, if all are."""
         preset = self.of(preset, "tiny")
-        return models.random_llama(preset, {}, dtype or self.dtype, self.device, _SPREAD)
+        return models.random_model(preset, {}, dtype or self.dtype, self.device, spread=_SPREAD)
 
     def attach(self, policy: Any, **options: Any) -> RolloutServer:
         """A server with a KV cache of a known size; graphs as vLLM has them by default."""
