@@ -1,7 +1,6 @@
 """`bench gpu`: a part that fails or hangs costs no other; what is done isn't run again."""
 
 import json
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -111,22 +110,9 @@ def test_without_a_gpu_only_tiny_models_are_tried(tmp_path, monkeypatch):
         command.main(Namespace(tiny=False, out=tmp_path))
 
 
-class Echo:
-    """A companion's."""
-
-    def __init__(self, greeting):
-        self._greeting = greeting
-
-    def __call__(self, question):
-        if question == "sleep":
-            time.sleep(60)
-        return f"{self._greeting}, {1 / question}"
-
-
 def test_a_companion_answers_or_says_why_not():
-    target = "test_runner:Echo"
-    variables = {"PYTHONPATH": str(Path(__file__).parent)}
-    with Companion(target, {"greeting": "Hello"}, variables) as echo:
+    target = "parts:Echo"
+    with Companion(target, {"greeting": "Hello"}) as echo:
         echo.ready(30)
         assert echo.ask(2, 30) == "Hello, 0.5"
         with pytest.raises(CompanionError, match=r"no answer within 0\.5 s"):
@@ -134,7 +120,7 @@ def test_a_companion_answers_or_says_why_not():
         psutil.Process(echo._process.pid).kill()
         with pytest.raises(CompanionError, match="ended with status -9"):
             echo._answer(30)
-    with Companion(target, {"greeting": "Hello"}, variables) as echo:
+    with Companion(target, {"greeting": "Hello"}) as echo:
         echo.ready(30)
         with pytest.raises(CompanionError, match="ZeroDivisionError"):
             echo.ask(0, 30)

@@ -51,3 +51,15 @@ def hanging(scale, found):
     starter = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeper!r}])"
     subprocess.run([sys.executable, "-c", starter], check=True)
     time.sleep(600)
+
+
+class Echo:
+    """A companion's."""
+
+    def __init__(self, greeting):
+        self._greeting = greeting
+
+    def __call__(self, question):
+        if question == "sleep":
+            time.sleep(60)
+        return f"{self._greeting}, {1 / question}"

@@ -41,10 +41,7 @@ class Companion:
     """A process that is asked for things. It makes what answers by calling `target`, a
     "module:name", with `options`; each question goes to what that returned, as its argument."""
 
-    def __init__(
-        self, target: str, options: Mapping[str, Any], variables: Mapping[str, str] | None = None
-    ):
-        """variables: of its environment, besides this process's."""
+    def __init__(self, target: str, options: Mapping[str, Any]):
         self._target = target
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "rollout_server.bench.gpu.companion"]
@@ -52,7 +49,6 @@ class Companion:
             [*command, str(theirs.fileno()), str(os.getpid()), target],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env=os.environ | dict(variables or {}),
         )
         theirs.close()
         self._connection.send(dict(options))
@@ -114,7 +110,8 @@ def main() -> None:
     except EOFError:
         pass  # it isn't needed any more
     except Exception:
-        connection.send((traceback.format_exc(), None))
+        with contextlib.suppress(OSError):
+            connection.send((traceback.format_exc(), None))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def run_parts(
             found = Findings(status="left out", why=why)
         else:
             found = run_part(part, results.scale, results.folder, min(part.deadline, left))
-        results.add(part.name, found)
+        if found.status != "left out" or not results.has(part.name):
+            results.add(part.name, found)
         told(part.name, found)
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollout_server.engine.folder import write_model_folder
+from rollout_server.engine.log import start_error
 from rollout_server.engine.sampling import token_prompt
 from rollout_server.engine.spawn import engine_children
 
@@ -30,14 +31,17 @@ class Stock:
 
         if gpu:
             flags["gpu_memory_utilization"] = 0.1  # the KV cache has a size of its own
-        log = os.path.join(tempfile.gettempdir(), f"rollout_server-bench-{os.getpid()}.log")
-        with engine_children(log, {}, []):
-            self._llm = LLM(
-                load_format="dummy",
-                generation_config="vllm",
-                logprobs_mode="processed_logprobs",
-                **flags,
-            )
+        log = os.path.join(flags["model"], "engine.log")
+        try:
+            with engine_children(log, {}, []):
+                self._llm = LLM(
+                    load_format="dummy",
+                    generation_config="vllm",
+                    logprobs_mode="processed_logprobs",
+                    **flags,
+                )
+        except Exception as error:
+            raise start_error(error, log) from error
         self._params = SamplingParams
 
     def __call__(self, work: tuple[Sequence[list[int]], int]) -> float:
