@@ -123,5 +123,6 @@ def _follows(
     found.figure("wake(), the weights with it", sum(taken) / len(taken), "s")
     found.figure("mean gap of log-probabilities, at most", max(gaps), "nats", "a bound", same)
     found.check("trainer and engine agree after each step", max(gaps) < same, max(gaps))
-    with found.step("the engine has the policy's weights"):
-        server.verify_weights()
+    if path == "plan":  # what was repacked can't be compared
+        with found.step("the engine has the policy's weights"):
+            server.verify_weights()
