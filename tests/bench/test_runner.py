@@ -117,7 +117,7 @@ def test_a_companion_answers_or_says_why_not():
         assert echo.ask(2, 30) == "Hello, 0.5"
         with pytest.raises(CompanionError, match=r"no answer within 0\.5 s"):
             echo.ask("sleep", 0.5)
-        psutil.Process(echo._process.pid).kill()
+        psutil.Process(echo.pid).kill()
         with pytest.raises(CompanionError, match="ended with status -9"):
             echo._answer(30)
     with Companion(target, {"greeting": "Hello"}) as echo:

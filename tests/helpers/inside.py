@@ -1,4 +1,4 @@
-"""What is inside a server: the one place of the tests that knows its private parts.
+"""What is inside a server and its parts: the one place of the tests that knows what is private.
 
 For faults and delays that no public call brings about, and for what only vLLM itself can tell.
 """
@@ -59,6 +59,11 @@ def sync(server):
 def turn(server):
     """A sync's: others wait for it to end."""
     return sync(server)._turn()
+
+
+def exporter(sender):
+    """Of a `Sender` of weights: what the tensors are exported with."""
+    return sender._exporter
 
 
 def engine_log(server):

@@ -1,5 +1,6 @@
 """Wakes that run out of memory: once, and each time. Real engines; the failure is injected."""
 
+import inside
 import pytest
 import short_of_memory
 import torch
@@ -71,7 +72,7 @@ def test_once_frees_and_tries_again(short, policy, failures, tag):
     assert failures.with_suffix(".freed").read_text() == f"{tag}\n"
     assert short.policy_version == version + 1
     assert_exact(short, policy)
-    assert short._lifecycle.steps.restarts.count == 0
+    assert inside.restarts(short).count == 0
 
 
 def test_each_time_is_a_lost_engine(short, policy, failures):
@@ -83,7 +84,7 @@ def test_each_time_is_a_lost_engine(short, policy, failures):
     short.wake()
     assert failed(failures) == [pid, pid]
     assert short.state == "awake" and short.engine_pid != pid
-    assert short._lifecycle.steps.restarts.count == 1
+    assert inside.restarts(short).count == 1
     assert short.policy_version == version + 1
     assert_exact(short, policy)
 

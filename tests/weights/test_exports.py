@@ -11,6 +11,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import inside
 import pytest
 import torch
 
@@ -183,8 +184,9 @@ def after_a_sync(cuda, dead=False):
     exports = Exports()
     sender = Sender(RolloutConfig(), Loop(), Engine(cuda, dead), None, exports)
     sender._staging = Staging(cuda)
-    sender._exporter.export(part(0))
-    sender._exporter.export(part(1))
+    exporter = inside.exporter(sender)
+    exporter.export(part(0))
+    exporter.export(part(1))
     sender.release(SimpleNamespace(staged_from=0))
     return exports
 

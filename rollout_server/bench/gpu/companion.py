@@ -53,6 +53,11 @@ class Companion:
         theirs.close()
         self._connection.send(dict(options))
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def ready(self, seconds: float) -> None:
         """Wait until it can be asked."""
         self._answer(seconds)
