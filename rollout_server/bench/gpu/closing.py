@@ -20,11 +20,12 @@ from rollout_server.bench.gpu.scale import (
 
 # Less than a CUDA context takes, and than a twentieth of the weights that are looked for.
 _LEFT = 128 * MIB
+_LEFT_SHARED = 64 << 10  # on a CPU, of tiny weights: libraries map a page or two
 
 
 def measure(scale: Scale, found: Findings) -> None:
     """With an engine that has weights of its own, and with one that shares them."""
-    bound = _LEFT if scale.on_gpu else 0
+    bound = _LEFT if scale.on_gpu else _LEFT_SHARED
     what = "GPU memory" if scale.on_gpu else "shared memory"
     _trained(scale)  # kernels are loaded at their first use
     for colocate in ("sleep", "share"):
