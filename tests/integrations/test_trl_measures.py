@@ -99,6 +99,7 @@ def generation(**generation_kwargs):
         max_completion_length=8,
         args=SimpleNamespace(generation_kwargs=generation_kwargs),
         model=SimpleNamespace(training=True),
+        processing_class=None,
         _metrics={"train": defaultdict(list)},
     )
 
