@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OWN = {"rollout_server", "integrations"}
-# Imported for models that are theirs, so only where they are there already.
-USERS = {"peft", "deepspeed"}
+# Imported for models and trainers that are theirs, so only where they are there already.
+USERS = {"datasets", "peft", "deepspeed"}
 ENGINES = {"vllm"}  # from one of two builds
 BY_EXTRAS = {"uvloop": "uvicorn"}  # of uvicorn[standard], as its HTTP parser
 UNSEEN = {  # what is used without being imported

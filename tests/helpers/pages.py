@@ -47,6 +47,7 @@ RUN_BY = {
         "bench/test_gpu.py",
         '"-m", "rollout_server.bench", "gpu"',
     ),
+    "python scripts/vllm_names.py": ("test_vllm_names.py", "looking.missing(installed)"),
     "python recipes/agent.py": ("recipes/test_agent_recipe.py", "str(RECIPE)"),
     "python recipes/nemo_gym/run.py": (
         "integrations/test_nemo_gym.py",

@@ -121,7 +121,7 @@ def test_the_weights_are_there_once(told):
     assert told["unallocated"]["held"] == 0 and told["allocated"]["held"] == weights
     # Small ones may stay in the C library's heap, freed.
     assert told["unallocated"]["grown"] < 0.25 * weights
-    assert told["allocated"]["grown"] > 0.9 * weights, "the measurement sees nothing"
+    assert told["allocated"]["grown"] > 0.5 * weights, "the measurement sees nothing"
 
 
 @pytest.mark.slow
