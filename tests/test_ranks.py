@@ -188,7 +188,7 @@ def test_a_rank_that_is_killed_in_a_sync_fails_the_other_in_time(tiny_folder, tm
     launched |= {"TOLD": str(tmp_path), "PYTHONPATH": HELPERS}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB)],
+            [sys.executable, str(SCRIPTS / "train.py"), "killed", tiny_folder, str(8 * MIB), ""],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
