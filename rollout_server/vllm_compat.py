@@ -7,6 +7,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rollout_server.errors import EngineMissingError
@@ -121,9 +122,40 @@ def wake_core(core: Any) -> None:
     core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
+LISTEN = "rollout_listen"  # and that of worker/line.py
+_CALL = "rollout_call"
+
+
+def take_calls() -> None:
+    """Have a core's loop make calls that `put_call` puts among its clients' requests."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def handle(self: Any, kind: Any, request: Any) -> None:
+        request() if kind is _CALL else handled(self, kind, request)
+
+    process: Any = EngineCoreProc
+    handled = process._handle_client_request
+    process._handle_client_request = handle
+
+
+def put_call(core: Any, call: Callable[[], None]) -> None:
+    """Have the core's thread make the call, between two of its steps."""
+    core.input_queue.put_nowait((_CALL, call))
+
+
+async def listen(client: Any, pid: int, calls: int, answers: int) -> None:
+    """Have the engine core listen at pipes of process `pid`."""
+    await client.engine_core.call_utility_async(LISTEN, pid, calls, answers)
+
+
+async def clear_media(client: Any) -> None:
+    """Empty the front end's cache of processed images, which is another thread's work."""
+    if client.renderer.mm_processor_cache is not None:
+        await client.renderer.clear_mm_cache_async()
+
+
 async def refit(client: Any, message: Any, version: int) -> list[bytes]:
     """Have the engine core rest, write weights, and go on with the new version; the reports."""
-    await client.renderer.clear_mm_cache_async()
     reports: list[bytes] = await client.engine_core.call_utility_async(REFIT, message, str(version))
     return reports
 

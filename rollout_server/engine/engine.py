@@ -15,6 +15,7 @@ from rollout_server.concurrency.loop import SpawnerThread
 from rollout_server.engine import log
 from rollout_server.engine.arguments import vllm_config
 from rollout_server.engine.images import image_prompt
+from rollout_server.engine.line import Line
 from rollout_server.engine.processes import EngineProcesses, kill, kill_trees
 from rollout_server.engine.sampling import sampling_params, set_outputs, token_prompt
 from rollout_server.engine.spawn import engine_children, engine_environment
@@ -69,6 +70,7 @@ class Engine:
         self._on_end = on_end
         self._spawner: SpawnerThread | None = None
         self._processes = EngineProcesses(client)
+        self._line: Line | None = None
 
     @classmethod
     async def start(
@@ -148,6 +150,7 @@ class Engine:
         await self._on_workers("rollout_finish_loading")
         told = await self._on_workers("rollout_describe")
         self.description = EngineDescription([unpack(one, WorkerDescription) for one in told])
+        self._line = await Line.open(self.client) if self.description.refits else None
 
     def kill(self) -> None:
         kill(self._processes.tree())
@@ -290,8 +293,17 @@ class Engine:
         return await self._write("rollout_write", message)
 
     async def refit(self, message: Message | None, version: int) -> Written:
-        reports = await self._alive(compat.refit(self.client, message, version))
+        reports = await self._alive(self._refit(message, version))
         return next(iter(_read(reports, Written)), Written(0, 0))
+
+    async def _refit(self, message: Message | None, version: int) -> list[bytes]:
+        reports = None
+        await compat.clear_media(self.client)
+        if self._line is not None and not isinstance(message, dict):
+            reports = await self._line.call(message, str(version))
+        if reports is None:
+            reports = await compat.refit(self.client, message, version)
+        return reports
 
     async def reload_weights(
         self, message: Message, first: bool, last: bool, layerwise: bool

@@ -1,7 +1,10 @@
 """The engine's processes, as the operating system sees them."""
 
 import contextlib
+import os
+import select
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +20,7 @@ class EngineProcesses:
         """client: vLLM's `AsyncLLM`."""
         manager = client.engine_core.resources.engine_manager
         self._started = [psutil.Process(p.pid) for p in manager.processes]
+        self._ends = [_End(process) for process in self._started]
 
     @property
     def pid(self) -> int:
@@ -26,7 +30,7 @@ class EngineProcesses:
 
     @property
     def all_run(self) -> bool:
-        return all(_runs(process) for process in self._started)
+        return not any(end.has_come for end in self._ends)
 
     @property
     def condition(self) -> str:
@@ -48,6 +52,26 @@ class EngineProcesses:
     def tree(self) -> list[psutil.Process]:
         """All that are there now."""
         return _with_children(self._started)
+
+
+class _End:
+    """Whether a child process has ended, as a zombie too; in a hundredth of the time that reading
+    /proc takes, where the system has pidfds (Linux 5.3)."""
+
+    def __init__(self, process: psutil.Process):
+        self._process = process
+        self._poll: select.poll | None = None
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(process.pid)
+            weakref.finalize(self, os.close, fd)
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLIN)
+
+    @property
+    def has_come(self) -> bool:
+        if self._poll is None:
+            return not _runs(self._process)
+        return bool(self._poll.poll(0))
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:

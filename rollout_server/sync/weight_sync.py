@@ -167,7 +167,7 @@ class WeightSync:
             if done is None:
                 done, verify = self._in_steps(source, sync, together, patience, verify, restoring)
             version, written = done
-            self._stamp = self._policy.stamp()
+            self._stamp = self._policy.stamp(looked=True)
         except BaseException as error:
             if self._config.restarts and _died_elsewhere(error) and not sync.ended:
                 self._waiting = sync

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from rollout_server.weights.sources.base import Source, architecture, modules_of, parameters_in
-from rollout_server.weights.sources.kinds import source_of
+from rollout_server.weights.sources.base import Source, architecture
+from rollout_server.weights.sources.known import Sources
 
 # Nothing cut off, nothing reshaped: the distribution that the policy's own logits give.
 NEUTRAL_SAMPLING = {
@@ -43,14 +43,16 @@ class Policy:
     optimizer: Callable[[], Any] | None = None
     optimizer_name: str | None = None
     shards: int = 1
+    _sources: Sources = field(default_factory=Sources, init=False, repr=False, compare=False)
 
     def source(self, peft: str) -> Source:
         """The policy's tensors as they are now; peft: "merge" or "adapter"."""
-        return source_of(self.model(), peft)
+        return self._sources.of(self.model(), peft)
 
-    def stamp(self) -> list[tuple[int, int]]:
-        """Differs where a parameter has been written to, or replaced."""
-        return [(id(p), p._version) for p in parameters_in(modules_of(self.model()))]
+    def stamp(self, looked: bool = False) -> list[tuple[int, int]]:
+        """Differs where a parameter has been written to, or replaced; looked: not replaced since
+        the last `source`."""
+        return [(id(p), p._version) for p in self._sources.parameters(self.model(), looked)]
 
     @property
     def bare(self) -> torch.nn.Module:

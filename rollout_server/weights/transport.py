@@ -23,6 +23,7 @@ from rollout_server.weights.exports import Exports
 from rollout_server.weights.wire import Part, Piece
 
 _SHM = "/dev/shm"
+_CPU = torch.device("cpu")
 _REMEDY = (
     "; if the trainer runs with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set "
     "expandable_segments:False"
@@ -118,8 +119,10 @@ class _Exported:
     """What the engine has been told of one part."""
 
     epoch: int
-    key: tuple[Any, ...]
+    key: list[tuple[Any, ...]]
     staged: dict[int, torch.Tensor]
+    # On a CPU, so that no other memory gets these addresses; on a GPU torch sees to it.
+    held: list[torch.UntypedStorage]
 
 
 class Exporter:
@@ -147,7 +150,7 @@ class Exporter:
             handles = None
         for index, copy in sent.staged.items():
             copy.copy_(pieces[index].tensor)
-        for device in {p.tensor.device for p in pieces if p.tensor.is_cuda}:
+        for device in {place[-1] for place in sent.key} - {_CPU}:
             torch.cuda.synchronize(device)  # a thread's current device may be another
         return pickle.dumps((torch.__version__, part.number, sent.epoch, handles))
 
@@ -166,6 +169,7 @@ class Exporter:
         staged: dict[int, torch.Tensor] = {}
         places: dict[int, int] = {}
         storages: list[Handle] = []
+        held: list[torch.UntypedStorage] = []
         views: list[_View] = []
         for index, (name, row, tensor) in enumerate(pieces):
             tensor = tensor.detach()
@@ -175,6 +179,8 @@ class Exporter:
             if storage.data_ptr() not in places:
                 places[storage.data_ptr()] = len(storages)
                 storages.append(handle(storage))
+                if storage.device.type == "cpu":
+                    held.append(storage)
             place = places[storage.data_ptr()]
             views.append(
                 _View(
@@ -187,7 +193,7 @@ class Exporter:
                 )
             )
         # Sharing moves a storage, so its place is known only now.
-        return _Exported(self._epoch, _places(pieces), staged), (storages, views)
+        return _Exported(self._epoch, _places(pieces), staged, held), (storages, views)
 
 
 class Importer:
@@ -287,21 +293,8 @@ def _in_shared_memory(tensor: torch.Tensor) -> bool:
     return descriptor >= 0  # -1: shared by name, by someone else
 
 
-def _places(pieces: Sequence[Piece]) -> tuple[Any, ...]:
-    return tuple((name, row, *_place(tensor)) for name, row, tensor in pieces)
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    storage = tensor.untyped_storage()
-    return (
-        tensor.device,
-        storage.data_ptr(),
-        storage.nbytes(),
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-    )
+def _places(pieces: Sequence[Piece]) -> list[tuple[Any, ...]]:
+    return [(n, row, t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for n, row, t in pieces]
 
 
 def _allow_many_descriptors() -> None:

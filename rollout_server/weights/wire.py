@@ -21,6 +21,9 @@ ADDRESS = "sharing.json"
 COUNTERS = "counters.txt"
 # A copy of so many bytes in a CPU engine's process goes past the cache, which it would only empty.
 STREAMED_BYTES = 1 << 20
+# What one write into a pipe takes as a whole, always (PIPE_BUF).
+LINE_BYTES = 4096
+LENGTH_BYTES = 4  # before an answer, and tell its length
 
 
 class Piece(NamedTuple):
@@ -183,6 +186,22 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """A worker couldn't do what it was asked: the traceback."""
 
     error: str
+
+
+class LineCall(msgspec.Struct, frozen=True):
+    """A sync in one message, that goes by a pipe: at most `LINE_BYTES` when packed."""
+
+    number: int
+    message: bytes | None
+    version: str
+
+
+class LineAnswer(msgspec.Struct, frozen=True):
+    """The workers' reports to the call of that number; or the error that it ended with."""
+
+    number: int
+    reports: list[bytes] = []
+    error: str = ""
 
 
 Report = Written | Compared | Forgotten | Failed

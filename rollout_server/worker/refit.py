@@ -10,13 +10,15 @@ from typing import Any
 
 from rollout_server import vllm_compat as compat
 from rollout_server.weights.wire import Failed, Message, Written, unpack_report
+from rollout_server.worker import line
 
 
 def install() -> bool:
     """Have the engine core of this process take such messages; whether it can."""
     kind = compat.core_that_refits()
-    if kind is not None:
+    if kind is not None and not hasattr(kind, compat.REFIT):
         setattr(kind, compat.REFIT, _refit)
+        line.install(kind, _refit)
     return kind is not None
 
 

@@ -11,6 +11,7 @@ import inside
 import pytest
 from support import greedy, large_step, trainer_logprobs
 
+from rollout_server.engine.line import Line
 from rollout_server.weights.wire import Failed, Written, pack
 from rollout_server.worker import refit
 
@@ -105,9 +106,13 @@ def test_with_nothing_to_write_the_version_rises():
 
 
 def calls_of(server, monkeypatch, work):
-    """Names of the messages that an engine core is sent while `work` is done."""
+    """Names of the messages that an engine core is sent while `work` is done; "line": by that."""
     core, names = inside.client(server).engine_core, []
-    call = core.call_utility_async
+    call, call_by_line = core.call_utility_async, Line.call
+
+    async def counted_by_line(*args):
+        names.append("line")
+        return await call_by_line(*args)
 
     async def counted(name, *args):
         names.append(name if name != "collective_rpc" else args[0])
@@ -115,6 +120,7 @@ def calls_of(server, monkeypatch, work):
 
     with monkeypatch.context() as patched:
         patched.setattr(core, "call_utility_async", counted)
+        patched.setattr(Line, "call", counted_by_line)
         work()
     return [name for name in names if name != "rollout_ping"]  # the watchdog's
 
@@ -124,7 +130,7 @@ def test_a_sync_of_an_engine_that_is_awake_is_one_message(server, shared_model, 
     server.sync_weights()
     large_step(shared_model, [1, 2, 3], seed=5)
     version = server.policy_version
-    assert calls_of(server, monkeypatch, server.sync_weights) == ["rollout_refit"]
+    assert calls_of(server, monkeypatch, server.sync_weights) == ["line"]
     server.verify_weights()
     answer = greedy(server, [1, 2, 3])
     assert answer.policy_version == server.policy_version == version + 1
@@ -138,5 +144,13 @@ def test_a_sync_of_an_engine_that_is_awake_is_one_message(server, shared_model, 
 def test_an_engine_that_sleeps_is_synced_step_by_step(server, monkeypatch):
     server.sleep()
     calls = calls_of(server, monkeypatch, server.wake)
-    assert "rollout_refit" not in calls and "rollout_write" in calls
+    assert "line" not in calls and "rollout_refit" not in calls and "rollout_write" in calls
+
+
+@pytest.mark.slow
+def test_a_long_message_goes_by_vllms_own_way(server, monkeypatch):
+    monkeypatch.setattr("rollout_server.engine.line.LINE_BYTES", 8)
+    server.sync_weights()
+    calls = calls_of(server, monkeypatch, server.sync_weights)
+    assert calls == ["line", "rollout_refit"]
     server.verify_weights()

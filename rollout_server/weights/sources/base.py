@@ -52,9 +52,14 @@ class Source:
     adapter: Adapter | None = None
     staged_from: int | None = None
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        specs: Mapping[str, TensorSpec] | None = None,
+    ):
+        """specs: of the tensors, if they are known."""
         self._tensors = tensors
-        self.specs = {
+        self.specs = specs or {
             name: TensorSpec(full_shape(t), t.dtype, not isinstance(t, torch.nn.Parameter))
             for name, t in tensors.items()
         }
@@ -98,6 +103,8 @@ def require_same(
 
     dtypes: whether these must be the same too; a copy casts, and mixed precision changes them.
     """
+    if then is now:
+        return
     lines = [f"{name} is gone" for name in then.keys() - now.keys()]
     lines += [f"{name} {now[name].shape} is new" for name in now.keys() - then.keys()]
     for name in then.keys() & now.keys():
