@@ -32,6 +32,7 @@ class Exports:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._given: dict[Hashable, tuple[list[Handle], list[Handle]]] = {}
+        self._held: dict[Hashable, list[torch.UntypedStorage]] = {}
         self._folder: str | None = None
         self._noted: set[str] = set()
 
@@ -40,10 +41,20 @@ class Exports:
         looks after what this process leaves behind."""
         self._folder = folder
 
-    def give(self, key: Hashable, handles: Iterable[Handle]) -> None:
+    def give(
+        self,
+        key: Hashable,
+        handles: Iterable[Handle],
+        memory: Iterable[torch.UntypedStorage] = (),
+    ) -> None:
         """The engine is told `handles`, in the place of those that it was told by the same key
-        before: it lets go of these when it has the new ones, which is so at the next call."""
+        before: it lets go of these when it has the new ones, which is so at the next call.
+
+        memory: what they are of. On a CPU it is kept meanwhile, so that no other has its addresses,
+        by which it is known; on a GPU torch sees to that.
+        """
         with self._lock:
+            self._held[key] = [storage for storage in memory if storage.device.type == "cpu"]
             now = list(handles)
             self._given[key] = now, self._given.get(key, ([], []))[0]
             self._note({handle.counter_file for handle in now} - {None} - self._noted)
@@ -52,11 +63,13 @@ class Exports:
         """The engine has let go of what it was given by keys `of` which that is true."""
         with self._lock:
             self._given = {key: given for key, given in self._given.items() if not of(key)}
+            self._held = {key: memory for key, memory in self._held.items() if not of(key)}
 
     def engine_ended(self) -> None:
         """No process of the engine is there any more: what it had open is the trainer's alone."""
         with self._lock:
             given, self._given = self._given, {}
+            self._held.clear()
         for now, before in given.values():
             for handle in [*now, *before]:
                 handle.release()

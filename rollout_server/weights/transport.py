@@ -121,8 +121,6 @@ class _Exported:
     epoch: int
     key: list[tuple[Any, ...]]
     staged: dict[int, torch.Tensor]
-    # On a CPU, so that no other memory gets these addresses; on a GPU torch sees to it.
-    held: list[torch.UntypedStorage]
 
 
 class Exporter:
@@ -143,9 +141,9 @@ class Exporter:
         sent = self._parts.get(part.number)
         if sent is None or sent.key != _places(pieces):
             handles: _Handles | None
-            sent, handles = self._share(pieces)
+            sent, handles, storages = self._share(pieces)
             self._parts[part.number] = sent
-            self._exports.give(part.number, handles[0])
+            self._exports.give(part.number, handles[0], storages)
         else:
             handles = None
         for index, copy in sent.staged.items():
@@ -163,13 +161,16 @@ class Exporter:
         before this, since torch keeps what another process has open."""
         self._parts = {number: sent for number, sent in self._parts.items() if number < first}
 
-    def _share(self, pieces: Sequence[Piece]) -> tuple[_Exported, _Handles]:
+    def _share(
+        self, pieces: Sequence[Piece]
+    ) -> tuple[_Exported, _Handles, list[torch.UntypedStorage]]:
+        """(what is kept of it, what the engine is told, the memory itself)."""
         _allow_many_descriptors()
         self._epoch += 1
         staged: dict[int, torch.Tensor] = {}
         places: dict[int, int] = {}
-        storages: list[Handle] = []
-        held: list[torch.UntypedStorage] = []
+        handles: list[Handle] = []
+        storages: list[torch.UntypedStorage] = []
         views: list[_View] = []
         for index, (name, row, tensor) in enumerate(pieces):
             tensor = tensor.detach()
@@ -178,9 +179,8 @@ class Exporter:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in places:
                 places[storage.data_ptr()] = len(storages)
-                storages.append(handle(storage))
-                if storage.device.type == "cpu":
-                    held.append(storage)
+                storages.append(storage)
+                handles.append(handle(storage))
             place = places[storage.data_ptr()]
             views.append(
                 _View(
@@ -193,7 +193,7 @@ class Exporter:
                 )
             )
         # Sharing moves a storage, so its place is known only now.
-        return _Exported(self._epoch, _places(pieces), staged, held), (storages, views)
+        return _Exported(self._epoch, _places(pieces), staged), (handles, views), storages
 
 
 class Importer:
