@@ -15,7 +15,8 @@ from rollout_server.weights.policy import Policy
 # `attach(trainer, config, rollout) -> RolloutServer`; imported only when attach() gets one object.
 TRAINERS = ("rollout_server.integrations.trl",)
 
-_servers: "weakref.WeakKeyDictionary[Any, RolloutServer]" = weakref.WeakKeyDictionary()
+# Weakly both: a server holds its owner, which would never be freed if this held the server.
+_servers: "weakref.WeakKeyDictionary[Any, weakref.ref[RolloutServer]]" = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -84,13 +85,14 @@ def serve(policy: Policy, config: RolloutConfig) -> RolloutServer:
             "optimizer=...)"
         )
     server = RolloutServer(policy, config)
-    _servers[policy.owner] = server
+    _servers[policy.owner] = weakref.ref(server)
     return server
 
 
 def refuse_second(owner: Any) -> None:
     """Raise `AlreadyAttachedError` if `owner` has a server that isn't closed."""
-    present = _servers.get(owner)
+    known = _servers.get(owner)
+    present = None if known is None else known()
     if present is not None and present.state is not State.CLOSED:
         raise AlreadyAttachedError(
             f"this {type(owner).__name__} already has a server at {present.base_url}; use that "

@@ -1,5 +1,6 @@
 """Start and end: from scripts, twice in a row, and when it goes wrong. Each starts an engine."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ from support import MIB, eventually, greedy, tiny_sizes, trainer_logprobs, under
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout_server.vllm_compat as compat
-from rollout_server import attach
+from rollout_server import RolloutConfig, attach
 from rollout_server.errors import (
     AlreadyAttachedError,
     ConfigError,
@@ -30,6 +32,7 @@ from rollout_server.errors import (
     StateError,
     UnsupportedModelError,
 )
+from rollout_server.weights.policy import Policy
 
 QUICK = {"kv_cache_memory_bytes": 32 * MIB, "progress": False}
 
@@ -316,3 +319,23 @@ def test_from_standard_input_and_killed(tiny_folder, temporary):
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     assert gone(engine)
+
+
+def test_a_model_is_freed_after_its_server(monkeypatch):
+    """What keeps a second server away keeps nothing alive."""
+    module = sys.modules["rollout_server.attach"]
+
+    class Server:
+        def __init__(self, policy, config):
+            self.policy = policy
+
+    monkeypatch.setattr(module, "RolloutServer", Server)
+
+    def served():
+        model = torch.nn.Linear(1, 1)
+        module.serve(Policy(model=lambda: model, tokenizer=None, owner=model), RolloutConfig())
+        return weakref.ref(model)
+
+    model = served()
+    gc.collect()
+    assert model() is None

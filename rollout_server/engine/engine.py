@@ -153,6 +153,7 @@ class Engine:
         self._line = await Line.open(self.client) if self.description.refits else None
 
     def kill(self) -> None:
+        self._hang_up()
         kill(self._processes.tree())
         kill_trees(self._pids)
         self._pids.clear()  # their numbers may be given to other processes
@@ -364,7 +365,13 @@ class Engine:
         finally:
             task.cancel()
 
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
     def close(self, timeout: float) -> None:
+        self._hang_up()
         tree = self._processes.tree()
         self.give_up("the server is closed")
         with contextlib.suppress(Exception):

@@ -1,9 +1,7 @@
 """A sync's way to the engine core past vLLM's sockets; worker/line.py is its other end."""
 
 import asyncio
-import contextlib
 import os
-import weakref
 from typing import Any
 
 from rollout_server import vllm_compat as compat
@@ -23,8 +21,7 @@ class Line:
         self._number = 0
         self._heard = bytearray()
         self._waiting: asyncio.Future[LineAnswer] | None = None
-        self.close = weakref.finalize(self, _close, self._loop, calls, answers)
-        self._loop.add_reader(answers, _hear, weakref.ref(self))
+        self._loop.add_reader(answers, self._hear)
 
     @classmethod
     async def open(cls, client: Any) -> "Line | None":
@@ -58,6 +55,12 @@ class Line:
             raise WeightSyncError(f"the engine couldn't take the weights: {answer.error}")
         return answer.reports
 
+    def close(self) -> None:
+        """Once. The core's thread at the other end ends with it."""
+        self._loop.remove_reader(self._answers)
+        os.close(self._calls)
+        os.close(self._answers)
+
     def _hear(self) -> None:
         try:
             said = os.read(self._answers, _READ)
@@ -78,15 +81,3 @@ class Line:
         """Of the first answer; None until it is there as a whole."""
         end = LENGTH_BYTES + int.from_bytes(self._heard[:LENGTH_BYTES], "little")
         return end if len(self._heard) >= end and len(self._heard) > LENGTH_BYTES else None
-
-
-def _hear(line: "weakref.ref[Line]") -> None:
-    if (alive := line()) is not None:
-        alive._hear()
-
-
-def _close(loop: asyncio.AbstractEventLoop, calls: int, answers: int) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.remove_reader(answers)
-    os.close(calls)
-    os.close(answers)
