@@ -28,7 +28,7 @@ demo: setup ## train SmolLM2 on sums, on the CPU; results in runs/demo
 		recipes/train.py --config recipes/training/demo.yaml $(if $(SEED),--seed $(SEED))
 
 test: setup ## all tests (those for a GPU are skipped without one)
-	python -m pytest -q -m "not models" tests
+	python -m pytest -q --durations=60 --durations-min=8 -m "not models" tests
 
 test-models: setup ## architectures, each attached
 	python -m pytest -q -m models tests
