@@ -85,8 +85,10 @@ def refit(
     if any(way != "share" for way in wanted):
         with _attached(policy, tokenizer, wanted, errors) as (server, usable):
             kept |= _memory_of(server, "two copies")
-            ways = _copying(server, policy, wanted, usable)
-            samples |= _measure(policy, server, ways, nbytes, first, rounds)
+            # In no variable: what the ways have given the engine would be held to the end.
+            samples |= _measure(
+                policy, server, _copying(server, policy, wanted, usable), nbytes, first, rounds
+            )
     if "share" in wanted:
         with _attach(policy, tokenizer, colocate="share") as server:
             kept |= _memory_of(server, "share")
